@@ -1,0 +1,1 @@
+"""The command line: one thin layer of typer and rich over the library and the daemon."""

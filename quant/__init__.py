@@ -1,0 +1,1 @@
+"""Tensor formats: what a model file must look like before anything native touches it."""

@@ -1,0 +1,1 @@
+"""Runs models: engine thread, scheduler, KV cache, sampling, chat templates and the HTTP daemon."""

@@ -1,0 +1,1 @@
+"""The HTTP daemon: OpenAI-compatible routes over the engine, and the guard in front of them."""

@@ -1,0 +1,1 @@
+"""Gets models onto this machine and keeps them whole: the content-addressed store and its sources."""

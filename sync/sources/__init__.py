@@ -1,0 +1,1 @@
+"""Model sources, one file a scheme: where the bytes of a model come from."""
