@@ -1,0 +1,396 @@
+"""The engine: one thread that owns the native context and turns live sequences into events.
+
+A turn (`_step`) is: plan, decode, draw, deliver. Other threads only put commands into the inbox; nothing
+else ever calls the context, and no lock is held while it decodes. All events of a turn are posted at its
+end, with one wake-up for each event loop that reads them.
+
+A failed decode is given to the sequences in that batch. Their slots are emptied and the context is
+tried with one token: if it answers the engine goes on, otherwise it is `failed`, and every sequence that
+waits or comes later gets that error.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import msgspec
+
+from lichen.errors import ContextOverflow, EngineError, LichenError, QueueFull, Unavailable
+from lichen.runtime.generation import post
+from lichen.runtime.native import DECODE_NO_KV_SLOT, DECODE_OK, Context, Model, Sampler, SamplerOptions
+from lichen.runtime.scheduler import Budget, Chunk, Scheduler
+from lichen.runtime.sequence import (
+    Failed,
+    Finished,
+    FinishReason,
+    Piece,
+    Prefill,
+    SamplingOptions,
+    Sequence,
+)
+from lichen.runtime.slots import SlotPool
+from lichen.runtime.text import TextStream
+
+log = logging.getLogger("lichen.engine")
+
+PENALTY_WINDOW = 64  # tokens that repeat, frequency and presence penalties look back on
+PREFILL_WHILE_DECODING = 64  # prompt tokens a step while streams run: bounds the gap between their tokens
+
+State = Literal["running", "draining", "failed", "closed"]
+
+
+class Counters(msgspec.Struct):
+    """What the engine has done since it started, and what it holds now (tokens, sequences, steps)."""
+
+    requests: int = 0
+    completed: int = 0
+    cancelled: int = 0
+    failed: int = 0
+    rejected: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    steps: int = 0
+    waiting: int = 0
+    running: int = 0
+    free_slots: int = 0
+    cells_used: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Live:
+    """What a sequence needs while it has a slot."""
+
+    sampler: Sampler
+    text: TextStream
+
+
+class Engine:
+    """Runs sequences on one context. Thread-safe: `submit`, `cancel`, `counters`, `drain`, `close`."""
+
+    def __init__(self, model: Model, context: Context, *, queue_limit: int) -> None:
+        self.model = model
+        self.context = context
+        self.queue_limit = queue_limit
+        self.state: State = "running"
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._waiting: deque[Sequence] = deque()
+        self._running: dict[Sequence, _Live] = {}
+        self._slots = SlotPool(context.slots)
+        self._scheduler = Scheduler(
+            Budget(step=context.batch, prefill_while_decoding=min(PREFILL_WHILE_DECODING, context.batch))
+        )
+        self._counters = Counters(free_slots=context.slots)
+        self._admission = threading.Lock()  # guards `state` changes and the count of admitted sequences
+        self._admitted = 0
+        self._idle = threading.Event()
+        self._idle.set()
+        self._failure: LichenError | None = None
+        self._deadline: float | None = None
+        self._started_at = time.perf_counter()
+        self._thread = threading.Thread(target=self._run, name="lichen-engine", daemon=True)
+        self._thread.start()
+
+    # ---- any thread -------------------------------------------------------------------------------
+
+    def submit(self, sequence: Sequence) -> None:
+        """Queue a sequence. Raises ContextOverflow, RequestError, QueueFull or Unavailable, else every
+        outcome arrives as an event."""
+        if len(sequence.prompt) >= self.context.context:
+            raise ContextOverflow(len(sequence.prompt), self.context.context)
+        sequence.options.check(self.model.vocab_size)
+        with self._admission:
+            if self.state != "running":
+                raise self._failure or Unavailable("lichen is shutting down and takes no new requests.")
+            if self._admitted >= self.queue_limit + self.context.slots:
+                self._counters.rejected += 1
+                raise QueueFull(
+                    f"{self.queue_limit} requests are waiting already, the most that lichen was told to queue.",
+                    retry_after=self._retry_after(),
+                )
+            self._admitted += 1
+            self._counters.requests += 1
+            self._idle.clear()
+        self._inbox.put(lambda: self._waiting.append(sequence))
+
+    def cancel(self, sequence: Sequence) -> None:
+        """End a sequence wherever it is; its cells are free before the next step. No event follows."""
+        self._inbox.put(lambda: self._cancel(sequence))
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Run `function` on the engine thread between two steps; it may touch the context."""
+        self._inbox.put(function)
+
+    def counters(self) -> Counters:
+        """A snapshot of the counters."""
+        return msgspec.structs.replace(self._counters)
+
+    def drain(self, timeout: float) -> bool:
+        """Take no more sequences and wait for those that run, at most `timeout` seconds, then end the
+        rest with an error. Blocks; True when all finished by themselves."""
+        with self._admission:
+            if self.state == "running":
+                self.state = "draining"
+        finished = self._idle.wait(timeout)
+        if not finished:
+            error = Unavailable("lichen stopped before this answer was complete.")
+            self._inbox.put(lambda: self._fail_all(error))
+            self._idle.wait(10)
+        return finished
+
+    def close(self) -> None:
+        """End every sequence, stop the thread and free the context. Blocks; idempotent."""
+        with self._admission:
+            already = self.state == "closed"
+            self.state = "closed"
+        if not already:
+            self._inbox.put(lambda: self._fail_all(Unavailable("lichen was closed.")))
+        self._thread.join()
+
+    def _retry_after(self) -> int:
+        done = self._counters.completed + self._counters.cancelled
+        elapsed = time.perf_counter() - self._started_at
+        return max(1, min(60, round(elapsed / done))) if done else 1
+
+    # ---- engine thread ----------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self.state != "closed":
+                self._read_inbox()
+                self._admit()
+                if self._running and self.state != "closed":
+                    self._step()
+        except BaseException as error:  # a defect of ours: nobody may wait for ever because of it
+            log.exception("The engine stopped on an internal error.")
+            self._die(EngineError(f"The engine stopped on an internal error ({type(error).__name__})."))
+            while self.state != "closed":
+                self._read_inbox()
+                self._fail_all(self._failure)
+        finally:
+            self._read_inbox(block=False)
+            self._fail_all(Unavailable("lichen was closed."))
+            self.context.close()
+
+    def _read_inbox(self, *, block: bool = True) -> None:
+        """Carry out commands; sleep for one when there is nothing to compute."""
+        wait = block and not self._running and not self._waiting and self.state != "closed"
+        while True:
+            try:
+                command = self._inbox.get(block=wait)
+            except queue.Empty:
+                return
+            command()
+            wait = False
+
+    def _admit(self) -> None:
+        """Give free slots to waiting sequences, oldest first."""
+        if self.state == "failed":
+            return self._fail_all(self._failure)
+        passed: deque[Sequence] = deque()
+        while self._waiting and self._slots.free:
+            sequence = self._waiting.popleft()
+            if self._slots.worth_waiting(sequence.prompt, self._running):
+                passed.append(sequence)  # another sequence computes the same beginning right now
+            else:
+                self._start(sequence)
+        passed.extend(self._waiting)
+        self._waiting = passed
+        self._count_now()
+        return None
+
+    def _start(self, sequence: Sequence) -> None:
+        placement = self._slots.acquire(sequence.prompt)
+        assert placement is not None, "admitted without a free slot"
+        slot, reused = placement.slot, placement.reused
+        if placement.copy_from is not None:
+            self.context.copy(placement.copy_from, slot)
+        if not self.context.truncate(slot, reused):  # memory of recurrent models cannot be cut
+            self.context.clear(slot)
+            reused = 0
+            self._slots.update(slot, ())
+        sequence.slot = slot
+        sequence.computed = sequence.cached = reused
+        sequence.admitted_at = time.perf_counter()
+        options = sequence.options
+        sampler = Sampler(self.model, _sampler_options(options))
+        for token in sequence.prompt[-PENALTY_WINDOW:]:
+            sampler.accept(token)
+        self._running[sequence] = _Live(sampler, TextStream(options.stop))
+        self._counters.prompt_tokens += len(sequence.prompt)
+        self._counters.cached_tokens += reused
+
+    def _step(self) -> None:
+        """One turn: plan, decode, draw, deliver."""
+        chunks = self._scheduler.plan(self._running)
+        if not self._decode(chunks):
+            return
+        self._counters.steps += 1
+        last = -1  # index of the chunk's last token in the batch
+        for chunk in chunks:
+            last += chunk.count
+            sequence = chunk.sequence
+            sequence.computed += chunk.count
+            if chunk.completes:
+                self._draw(sequence, last)
+            else:
+                self._held(sequence)
+                sequence.events.append(Prefill(sequence.computed, len(sequence.prompt)))
+        self._deliver(chunk.sequence for chunk in chunks)
+
+    def _decode(self, chunks: list[Chunk]) -> bool:
+        """Compute the chunks; on failure give the error to their sequences and try to recover."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        outputs: list[int] = []
+        for chunk in chunks:
+            stop = chunk.start + chunk.count
+            tokens += chunk.sequence.tokens[chunk.start : stop]
+            positions += range(chunk.start, stop)
+            slots += [_slot(chunk.sequence)] * chunk.count
+            outputs += [0] * chunk.count
+            outputs[-1] = chunk.completes
+        code = self.context.decode(tokens, positions, slots, outputs)
+        if code == DECODE_OK:
+            return True
+        log.error("llama_decode returned %d for %d tokens of %d sequences.", code, len(tokens), len(chunks))
+        reason = "found no room in the KV cache" if code == DECODE_NO_KV_SLOT else f"failed with code {code}"
+        error = EngineError(f"The engine could not compute this answer: decoding {reason}.", hint="Try again.")
+        for sequence in [chunk.sequence for chunk in chunks]:
+            self._end(sequence, Failed(error), keep=0)
+        self._recover()
+        return False
+
+    def _recover(self) -> None:
+        """See whether the context still works, with one token in a free slot."""
+        placement = self._slots.acquire([0])
+        assert placement is not None, "sequences just ended, so a slot is free"
+        self.context.clear(placement.slot)
+        code = self.context.decode([0], [0], [placement.slot], [1])
+        self.context.clear(placement.slot)
+        self._slots.release(placement.slot, ())
+        if code != DECODE_OK:
+            self._die(EngineError("The engine failed and could not recover.", hint="Restart lichen."))
+
+    def _die(self, error: LichenError) -> None:
+        with self._admission:
+            self._failure = error
+            if self.state != "closed":
+                self.state = "failed"
+        self._fail_all(error)
+
+    def _draw(self, sequence: Sequence, index: int) -> None:
+        """Sample the next token of a sequence whose tokens are all computed, and what follows from it."""
+        live = self._running[sequence]
+        if not sequence.drawn:
+            sequence.first_token_at = time.perf_counter()
+            self._held(sequence)
+        token = live.sampler.sample(self.context, index)
+        sequence.tokens.append(token)
+        self._counters.completion_tokens += 1
+        if self.model.is_end(token):
+            return self._finish(sequence, "stop")
+        if text := live.text.feed(self.model.piece(token)):
+            sequence.events.append(Piece(text))
+        if live.text.stopped:
+            return self._finish(sequence, "stop")
+        limit = sequence.options.max_tokens
+        if sequence.drawn == limit or len(sequence.tokens) >= self.context.context:
+            return self._finish(sequence, "length")
+        return None
+
+    def _held(self, sequence: Sequence) -> None:
+        self._slots.update(_slot(sequence), sequence.tokens[: sequence.computed])
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        live = self._running[sequence]
+        if text := live.text.flush():
+            sequence.events.append(Piece(text))
+        self._counters.completed += 1
+        self._end(sequence, Finished(reason, sequence.usage(), sequence.timings()), keep=sequence.computed)
+
+    def _end(self, sequence: Sequence, event: Finished | Failed, *, keep: int) -> None:
+        """Take a sequence out, leave the first `keep` tokens in its slot, and tell it."""
+        if isinstance(event, Failed):
+            self._counters.failed += 1
+        self._release(sequence, keep)
+        sequence.events.append(event)
+        if isinstance(event, Failed):
+            self._deliver([sequence])
+
+    def _release(self, sequence: Sequence, keep: int) -> None:
+        live = self._running.pop(sequence, None)
+        if live is not None:
+            live.sampler.close()
+            slot = _slot(sequence)
+            if not keep:
+                self.context.clear(slot)
+            self._slots.release(slot, sequence.tokens[:keep])
+            sequence.slot = None
+        with self._admission:
+            self._admitted -= 1
+            if not self._admitted:
+                self._idle.set()
+        self._count_now()
+
+    def _cancel(self, sequence: Sequence) -> None:
+        if sequence in self._running:
+            self._release(sequence, sequence.computed)
+        elif sequence in self._waiting:
+            self._waiting.remove(sequence)
+            self._release(sequence, 0)
+        else:
+            return  # it ended before the cancellation arrived
+        self._counters.cancelled += 1
+
+    def _fail_all(self, error: LichenError | None) -> None:
+        failed = Failed(error or EngineError("The engine failed."))
+        for sequence in [*self._running, *self._waiting]:
+            self._end(sequence, failed, keep=0)
+        self._waiting.clear()
+        self._count_now()
+
+    def _deliver(self, sequences: Iterable[Sequence]) -> None:
+        letters = []
+        for sequence in sequences:
+            if sequence.events:
+                letters.append((sequence.mailbox, sequence.events))
+                sequence.events = []
+        post(letters)
+
+    def _count_now(self) -> None:
+        counters = self._counters
+        counters.waiting = len(self._waiting)
+        counters.running = len(self._running)
+        counters.free_slots = self._slots.free
+        counters.cells_used = self._slots.held_tokens
+
+
+def _slot(sequence: Sequence) -> int:
+    assert sequence.slot is not None, "a running sequence has a slot"
+    return sequence.slot
+
+
+def _sampler_options(options: SamplingOptions) -> SamplerOptions:
+    seed = secrets.randbits(32) if options.seed is None else options.seed & 0xFFFFFFFF
+    return SamplerOptions(
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        repeat_penalty=options.repeat_penalty,
+        frequency_penalty=options.frequency_penalty,
+        presence_penalty=options.presence_penalty,
+        penalty_window=PENALTY_WINDOW,
+        logit_bias=tuple(options.logit_bias.items()),
+        seed=seed,
+    )

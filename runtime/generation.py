@@ -1,0 +1,110 @@
+"""An answer on its way: the caller's end of a sequence, as an async iterator of events.
+
+The engine thread posts events to a `Mailbox`; the caller's event loop reads them. The engine never
+holds a reference to a `Generation`, so one that is dropped (a `break`, a cancelled task) cancels its
+sequence by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable
+
+from lichen.errors import EngineError
+from lichen.runtime.sequence import Event, Failed, Finished, Piece, Sequence
+
+
+class Mailbox:
+    """Events of one sequence, handed from the engine thread to the loop that the mailbox was made on."""
+
+    __slots__ = ("_events", "_waiter", "loop")
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._events: deque[Event] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, events: Iterable[Event]) -> None:
+        """Add events and wake the reader; on the loop only."""
+        self._events.extend(events)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def get(self) -> Event:
+        """The next event, waiting for it; one reader at a time."""
+        while not self._events:
+            self._waiter = self.loop.create_future()
+            await self._waiter
+        return self._events.popleft()
+
+
+def post(letters: list[tuple[Mailbox, list[Event]]]) -> None:
+    """Deliver a step's events from the engine thread: one wake-up for each loop, however many readers."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Mailbox, list[Event]]]] = {}
+    for letter in letters:
+        by_loop.setdefault(letter[0].loop, []).append(letter)
+    for loop, group in by_loop.items():
+        try:
+            loop.call_soon_threadsafe(_put_all, group)
+        except RuntimeError:  # that loop was closed; its generations cancel themselves when collected
+            continue
+
+
+def _put_all(letters: list[tuple[Mailbox, list[Event]]]) -> None:
+    for mailbox, events in letters:
+        mailbox.put(events)
+
+
+class Generation:
+    """Async iterator over the events of one sequence; raises the sequence's error.
+
+    `finished` is set after the last event. Dropping it, `aclose()`, or cancelling the task that iterates
+    frees the sequence's cells before the engine's next step.
+    """
+
+    def __init__(self, sequence: Sequence, mailbox: Mailbox, cancel: Callable[[Sequence], None]) -> None:
+        self.sequence = sequence
+        self.finished: Finished | None = None
+        self._mailbox = mailbox
+        self._cancel = cancel
+        self._open = True
+
+    def __aiter__(self) -> AsyncIterator[Event]:
+        return self
+
+    async def __anext__(self) -> Event:
+        if not self._open:
+            raise StopAsyncIteration
+        try:
+            event = await self._mailbox.get()
+        except asyncio.CancelledError:
+            self.close()
+            raise
+        if isinstance(event, Failed):
+            self._open = False
+            raise event.error
+        if isinstance(event, Finished):
+            self._open = False
+            self.finished = event
+        return event
+
+    async def text(self) -> str:
+        """The whole answer, once it is finished."""
+        parts = [event.text async for event in self if isinstance(event, Piece)]
+        if self.finished is None:
+            raise EngineError("The answer was closed before it was complete.")
+        return "".join(parts)
+
+    def close(self) -> None:
+        """Cancel the sequence if it still runs; idempotent, and safe from any thread."""
+        if self._open:
+            self._open = False
+            self._cancel(self.sequence)
+
+    async def aclose(self) -> None:
+        """As `close`, for `contextlib.aclosing`."""
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()

@@ -1,0 +1,358 @@
+"""The one place that calls llama.cpp: model, context and sampler chain as small Python objects.
+
+Invariants: a `Context` and the `Sampler`s used with it are touched by one thread only (the engine's).
+A `Model`'s vocabulary is read-only after load, so tokenizing and detokenizing are safe from any thread.
+Every native call that can fail is checked here and becomes an error of `lichen.errors`; no pointer
+leaves this module. Not covered: encoder-decoder models, multimodal input.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.metadata
+import importlib.util
+import logging
+import sys
+import threading
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lichen.errors import EngineError, ModelFileError
+
+log = logging.getLogger("lichen.native")
+
+DECODE_OK = 0
+DECODE_NO_KV_SLOT = 1
+
+_FLASH_ATTENTION_ENABLED = 1
+_LOG_LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}  # ggml.h
+_library: Any = None
+_library_lock = threading.Lock()
+
+
+def _import_bindings() -> Any:
+    """Import only the ctypes module of the bindings.
+
+    The package's own `__init__` pulls in numpy, jinja2 and a disk cache (0.1 s) that lichen does not
+    use here, so a bare package object stands in for it while the submodule is imported.
+    """
+    name = "llama_cpp"
+    if name in sys.modules:
+        return importlib.import_module("llama_cpp.llama_cpp")
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.submodule_search_locations is None:
+        raise EngineError("The llama-cpp-python package is not installed.", hint="Run: pip install llama-cpp-python")
+    bare = types.ModuleType(name)
+    bare.__path__ = list(spec.submodule_search_locations)
+    sys.modules[name] = bare
+    try:
+        return importlib.import_module("llama_cpp.llama_cpp")
+    except OSError as error:
+        raise EngineError(f"llama.cpp's shared library cannot be loaded: {error}.") from error
+    finally:
+        del sys.modules[name]  # a later `import llama_cpp` gets the real package
+
+
+def _library_with_log() -> Any:
+    """The bindings, loaded once, with every native log line sent to `logging`."""
+    global _library, _log_callback  # noqa: PLW0603 - one native library a process
+    with _library_lock:
+        if _library is None:
+            lib = _import_bindings()
+            _log_callback = lib.llama_log_callback(_NativeLog())
+            lib.llama_log_set(_log_callback, ctypes.c_void_p(0))
+            lib.llama_backend_init()
+            _library = lib
+    return _library
+
+
+_log_callback: Any = None  # referenced for ever: the library keeps the pointer
+
+
+class _NativeLog:
+    """Turns llama.cpp's log fragments into whole lines of the logger `lichen.native`."""
+
+    def __init__(self) -> None:
+        self._parts: list[str] = []
+        self._level = logging.INFO
+
+    def __call__(self, level: int, text: bytes | None, _user: object) -> None:
+        self._level = _LOG_LEVELS.get(level, self._level)  # 5 continues the line before it
+        self._parts.append((text or b"").decode("utf-8", "replace"))
+        if self._parts[-1].endswith("\n") or len(self._parts) > 256:
+            line = "".join(self._parts).strip()
+            self._parts.clear()
+            if line:
+                log.log(self._level, "%s", line)
+
+
+def version() -> str:
+    """Version of the installed llama.cpp bindings, without loading them."""
+    return importlib.metadata.version("llama-cpp-python")
+
+
+def system_info() -> str:
+    """What the native library was compiled for (instruction sets, OpenMP, repacking)."""
+    return bytes(_library_with_log().llama_print_system_info()).decode("utf-8", "replace").strip(" |")
+
+
+class Model:
+    """Weights and vocabulary of one GGUF file.
+
+    Raises ModelFileError when llama.cpp refuses the file. Check it with `quant.gguf_check` first:
+    the native loader trusts more of the file than it should.
+    """
+
+    def __init__(self, path: Path, *, progress: Callable[[float], bool] | None = None) -> None:
+        lib = self._lib = _library_with_log()
+        params = lib.llama_model_default_params()
+        keep = None
+        if progress is not None:
+            keep = lib.llama_progress_callback(lambda done, _user: progress(float(done)))
+            params.progress_callback = keep
+        self._pointer = lib.llama_model_load_from_file(str(path).encode(), params)
+        del keep
+        if not self._pointer:
+            raise ModelFileError(
+                f"llama.cpp {version()} cannot load {path.name}.",
+                hint="Run again with --log-level info to see its reason.",
+            )
+        self._vocab = lib.llama_model_get_vocab(self._pointer)
+        self.vocab_size = int(lib.llama_vocab_n_tokens(self._vocab))
+        self.context_train = int(lib.llama_model_n_ctx_train(self._pointer))
+        self.weight_bytes = int(lib.llama_model_size(self._pointer))
+        self.bos = int(lib.llama_vocab_bos(self._vocab))
+        self.eos = int(lib.llama_vocab_eos(self._vocab))
+        self._pieces: dict[int, bytes] = {}
+        self._eog: dict[int, bool] = {}
+
+    def close(self) -> None:
+        """Give the weights back; idempotent. Contexts over this model must be closed before."""
+        if self._pointer:
+            self._lib.llama_model_free(self._pointer)
+            self._pointer = None
+
+    def metadata(self, key: str) -> str | None:
+        """A GGUF metadata value as text, or None."""
+        size = 1 << 10
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            length = int(self._lib.llama_model_meta_val_str(self._pointer, key.encode(), buffer, size))
+            if length < 0:
+                return None
+            if length < size:
+                return buffer.value.decode("utf-8", "replace")
+            size = length + 1
+
+    def chat_template(self) -> str | None:
+        """The model's own jinja2 chat template, or None."""
+        return self.metadata("tokenizer.chat_template")
+
+    def tokenize(self, text: str, *, special: bool, add_bos: bool) -> list[int]:
+        """Token ids of `text`. `special`: parse control tokens written in it. `add_bos`: as the model wants."""
+        data = text.encode("utf-8", "surrogatepass")
+        size = len(data) + 8
+        buffer = (ctypes.c_int32 * size)()
+        count = self._lib.llama_tokenize(self._vocab, data, len(data), buffer, size, add_bos, special)
+        if count < 0:  # a tokenizer may need more tokens than bytes
+            size = -count
+            buffer = (ctypes.c_int32 * size)()
+            count = self._lib.llama_tokenize(self._vocab, data, len(data), buffer, size, add_bos, special)
+        if count < 0:
+            raise EngineError("llama.cpp could not tokenize the text.")
+        return buffer[:count]
+
+    def piece(self, token: int) -> bytes:
+        """Bytes of one token as text; control tokens give none. May be part of a UTF-8 character."""
+        piece = self._pieces.get(token)
+        if piece is None:
+            piece = self._pieces[token] = self._read_piece(token, special=False)
+        return piece
+
+    def special_text(self, token: int) -> str:
+        """How a control token is written in a template, or the empty string for a missing one."""
+        return "" if token < 0 else self._read_piece(token, special=True).decode("utf-8", "replace")
+
+    def _read_piece(self, token: int, *, special: bool) -> bytes:
+        size = 64
+        buffer = ctypes.create_string_buffer(size)
+        length = self._lib.llama_token_to_piece(self._vocab, token, buffer, size, 0, special)
+        if length < 0:
+            buffer = ctypes.create_string_buffer(-length)
+            length = self._lib.llama_token_to_piece(self._vocab, token, buffer, -length, 0, special)
+        return buffer.raw[:length]
+
+    def is_end(self, token: int) -> bool:
+        """Whether the model ends its answer with this token (end of turn, end of text)."""
+        end = self._eog.get(token)
+        if end is None:
+            end = self._eog[token] = bool(self._lib.llama_vocab_is_eog(self._vocab, token))
+        return end
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContextSize:
+    """How much a context holds: `slots` sequences of `context` tokens each, `batch` tokens a decode."""
+
+    context: int
+    slots: int
+    threads: int
+    batch: int = 512
+
+
+class Context:
+    """KV cache and compute buffers for `size.slots` sequences over one model; one stream a sequence.
+
+    `docs/decisions/0001-kv-streams.md` says why the cache is not unified.
+    """
+
+    def __init__(self, model: Model, size: ContextSize) -> None:
+        lib = self._lib = model._lib
+        params = lib.llama_context_default_params()
+        params.n_ctx = size.context * size.slots
+        params.n_seq_max = size.slots
+        params.n_batch = params.n_ubatch = size.batch
+        params.n_outputs_max = max(size.slots, 1)
+        params.n_threads = params.n_threads_batch = size.threads
+        params.flash_attn_type = _FLASH_ATTENTION_ENABLED
+        params.kv_unified = False
+        params.no_perf = True
+        self._pointer = lib.llama_init_from_model(model._pointer, params)
+        if not self._pointer:
+            raise EngineError(
+                f"llama.cpp could not make a context of {size.slots} x {size.context} tokens.",
+                hint="Lower --context or --slots.",
+            )
+        self._memory = lib.llama_get_memory(self._pointer)
+        self.context = int(lib.llama_n_ctx_seq(self._pointer))  # tokens a sequence, as rounded by llama.cpp
+        self.slots = size.slots
+        self.batch = size.batch
+        self._allocate_batch(size.batch)
+
+    def _allocate_batch(self, size: int) -> None:
+        """One batch for the context's life; only its contents change from step to step."""
+        self._tokens = (ctypes.c_int32 * size)()
+        self._positions = (ctypes.c_int32 * size)()
+        self._slot_ids = (ctypes.c_int32 * size)()
+        self._slot_counts = (ctypes.c_int32 * size)(*([1] * size))
+        self._outputs = (ctypes.c_int8 * size)()
+        pointer = ctypes.POINTER(ctypes.c_int32)
+        stride = ctypes.sizeof(ctypes.c_int32)
+        start = ctypes.addressof(self._slot_ids)
+        self._slot_pointers = (pointer * size)(
+            *(ctypes.cast(start + index * stride, pointer) for index in range(size))
+        )
+        batch = self._batch = self._lib.llama_batch()
+        batch.token = ctypes.cast(self._tokens, pointer)
+        batch.pos = ctypes.cast(self._positions, pointer)
+        batch.n_seq_id = ctypes.cast(self._slot_counts, pointer)
+        batch.seq_id = ctypes.cast(self._slot_pointers, ctypes.POINTER(pointer))
+        batch.logits = ctypes.cast(self._outputs, ctypes.POINTER(ctypes.c_int8))
+
+    def close(self) -> None:
+        """Give the KV cache and compute buffers back; idempotent."""
+        if self._pointer:
+            self._lib.llama_free(self._pointer)
+            self._pointer = None
+
+    def decode(
+        self, tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int], outputs: Sequence[int]
+    ) -> int:
+        """Run one batch; four parallel lists of at most `batch` entries.
+
+        `outputs[i]` is 1 where logits are wanted. Returns llama_decode's code: 0 done, 1 no room in the KV
+        cache (nothing changed), below 0 a failure.
+        """
+        count = len(tokens)
+        self._tokens[:count] = tokens  # type: ignore[assignment]
+        self._positions[:count] = positions  # type: ignore[assignment]
+        self._slot_ids[:count] = slots  # type: ignore[assignment]
+        self._outputs[:count] = outputs  # type: ignore[assignment]
+        self._batch.n_tokens = count
+        return int(self._lib.llama_decode(self._pointer, self._batch))
+
+    def truncate(self, slot: int, length: int) -> bool:
+        """Keep the first `length` tokens of a slot. False: this model's memory cannot be cut there."""
+        return bool(self._lib.llama_memory_seq_rm(self._memory, slot, length, -1))
+
+    def clear(self, slot: int) -> None:
+        """Empty one slot."""
+        self._lib.llama_memory_seq_rm(self._memory, slot, -1, -1)
+
+    def copy(self, source: int, target: int) -> None:
+        """Make slot `target` a copy of slot `source` (memory is copied before the next decode)."""
+        self.clear(target)
+        self._lib.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+
+    def cells(self, slot: int) -> int:
+        """Tokens that a slot holds."""
+        return int(self._lib.llama_memory_seq_pos_max(self._memory, slot)) + 1
+
+    def logits(self, index: int, count: int) -> list[float]:
+        """Logits [vocab] after batch entry `index`, for tests and tie reports (slow: copied to Python)."""
+        return list(self._lib.llama_get_logits_ith(self._pointer, index)[:count])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplerOptions:
+    """Numbers of one sampler chain, in llama.cpp's terms; temperature 0 is greedy."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repeat_penalty: float
+    frequency_penalty: float
+    presence_penalty: float
+    penalty_window: int
+    logit_bias: tuple[tuple[int, float], ...]
+    seed: int
+
+
+class Sampler:
+    """llama.cpp's sampler chain of one sequence: bias, penalties, top-k, top-p, min-p, temperature, draw."""
+
+    def __init__(self, model: Model, options: SamplerOptions) -> None:
+        lib = self._lib = model._lib
+        self._chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
+        for link in self._links(lib, model.vocab_size, options):
+            lib.llama_sampler_chain_add(self._chain, link)
+
+    @staticmethod
+    def _links(lib: Any, vocab_size: int, options: SamplerOptions) -> list[Any]:
+        links: list[Any] = []
+        if options.logit_bias:
+            biases = (lib.llama_logit_bias * len(options.logit_bias))(*options.logit_bias)
+            links.append(lib.llama_sampler_init_logit_bias(vocab_size, len(biases), biases))
+        penalties = (options.repeat_penalty, options.frequency_penalty, options.presence_penalty)
+        if penalties != (1.0, 0.0, 0.0):
+            links.append(lib.llama_sampler_init_penalties(vocab_size, options.penalty_window, *penalties))
+        if options.temperature <= 0:
+            return [*links, lib.llama_sampler_init_greedy()]
+        if options.top_k > 0:
+            links.append(lib.llama_sampler_init_top_k(options.top_k))
+        if options.top_p < 1:
+            links.append(lib.llama_sampler_init_top_p(options.top_p, 1))
+        if options.min_p > 0:
+            links.append(lib.llama_sampler_init_min_p(options.min_p, 1))
+        links.append(lib.llama_sampler_init_temp(options.temperature))
+        links.append(lib.llama_sampler_init_dist(options.seed))
+        return links
+
+    def sample(self, context: Context, index: int) -> int:
+        """Draw the token after batch entry `index` and tell the chain of it."""
+        return int(self._lib.llama_sampler_sample(self._chain, context._pointer, index))
+
+    def accept(self, token: int) -> None:
+        """Tell the chain of a token that it did not draw (the prompt, for penalties)."""
+        self._lib.llama_sampler_accept(self._chain, token)
+
+    def close(self) -> None:
+        """Free the chain; idempotent."""
+        if self._chain:
+            self._lib.llama_sampler_free(self._chain)
+            self._chain = None
