@@ -28,15 +28,26 @@ class Mailbox:
     def put(self, events: Iterable[Event]) -> None:
         """Add events and wake the reader; on the loop only."""
         self._events.extend(events)
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        if self._waiter is not None:
+            _wake(self._waiter)
 
-    async def get(self) -> Event:
-        """The next event, waiting for it; one reader at a time."""
-        while not self._events:
-            self._waiter = self.loop.create_future()
-            await self._waiter
-        return self._events.popleft()
+    async def get(self, seconds: float | None = None) -> Event | None:
+        """The next event, or None when none came for so many seconds; one reader at a time."""
+        if not self._events:
+            waiter = self._waiter = self.loop.create_future()
+            alarm = None if seconds is None else self.loop.call_later(seconds, _wake, waiter)
+            try:
+                await waiter
+            finally:
+                self._waiter = None
+                if alarm is not None:
+                    alarm.cancel()
+        return self._events.popleft() if self._events else None
+
+
+def _wake(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
 
 
 def post(letters: list[tuple[Mailbox, list[Event]]]) -> None:
@@ -76,8 +87,14 @@ class Generation:
     async def __anext__(self) -> Event:
         if not self._open:
             raise StopAsyncIteration
+        while (event := await self.next(None)) is None:
+            continue
+        return event
+
+    async def next(self, seconds: float | None) -> Event | None:
+        """The next event, or None when there was none for so many seconds (None: wait for it)."""
         try:
-            event = await self._mailbox.get()
+            event = await self._mailbox.get(seconds)
         except asyncio.CancelledError:
             self.close()
             raise
@@ -102,9 +119,10 @@ class Generation:
             self._open = False
             self._cancel(self.sequence)
 
-    async def aclose(self) -> None:
-        """As `close`, for `contextlib.aclosing`."""
-        self.close()
+    @property
+    def done(self) -> bool:
+        """Whether no more events come."""
+        return not self._open
 
     def __del__(self) -> None:
         self.close()

@@ -64,6 +64,7 @@ class ServedModel:
             context=engine.context.context,
             slots=options.slots,
         )
+        self.names = frozenset({name, "default"})
         self._bos_text = model.special_text(model.bos)
         self._preparing = ThreadPoolExecutor(max_workers=2, thread_name_prefix="lichen-prepare")
 

@@ -1,0 +1,213 @@
+"""The embedded API: the engine of the daemon inside your own asyncio program.
+
+    async with lichen.Runtime(model="smollm2-135m") as runtime:
+        async for piece in runtime.chat([{"role": "user", "content": "Hello!"}]):
+            print(piece, end="")
+
+Safe to use from any thread or event loop. Leaving the loop over an answer, cancelling its task or
+letting a timeout end it frees the answer's place in the engine before the next step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from lichen.config import Config, load
+from lichen.errors import LichenError, RequestError, Unavailable
+from lichen.runtime.generation import Generation
+from lichen.runtime.sequence import Finished, FinishReason, Piece, SamplingOptions, Timings, Usage
+from lichen.runtime.served_model import ModelOptions, ServedModel
+from lichen.sync.store import PullProgress, Store
+
+
+class Completion(msgspec.Struct, frozen=True, kw_only=True):
+    """A finished answer. finish_reason: "stop" (the model or a stop string ended it) or "length"."""
+
+    text: str
+    finish_reason: FinishReason
+    usage: Usage
+    timings: Timings
+
+
+class ChatStream:
+    """An answer as it is written: an async iterator of text pieces (str).
+
+    `completion` holds the whole answer once the iterator has ended. Raises LichenError from the iterator
+    when the request is refused or the engine fails.
+    """
+
+    def __init__(self, begin: Callable[[], Awaitable[Generation]]) -> None:
+        self._begin = begin
+        self._generation: Generation | None = None
+        self._parts: list[str] = []
+        self.completion: Completion | None = None
+
+    def __aiter__(self) -> AsyncIterator[str]:
+        return self
+
+    async def __anext__(self) -> str:
+        if self._generation is None:
+            self._generation = await self._begin()
+        async for event in self._generation:
+            if isinstance(event, Piece):
+                self._parts.append(event.text)
+                return event.text
+            if isinstance(event, Finished):
+                self.completion = Completion(
+                    text="".join(self._parts),
+                    finish_reason=event.reason,
+                    usage=event.usage,
+                    timings=event.timings,
+                )
+        raise StopAsyncIteration
+
+    async def finish(self) -> Completion:
+        """Read to the end and return the whole answer."""
+        async for _ in self:
+            pass
+        if self.completion is None:
+            raise LichenError("The answer was closed before it was complete.")
+        return self.completion
+
+    async def aclose(self) -> None:
+        """Stop the answer; idempotent."""
+        if self._generation is not None:
+            self._generation.close()
+
+
+class Runtime:
+    """A model in this process.
+
+    model: a name in the store, a catalog name, a source (`pypi:…`, `hf:…`, `file:…`, `https://…`) or the
+    path of a GGUF file; None takes the configured one. It is pulled first if it is not there yet.
+    overrides: fields of `lichen.config.Config`, such as context=8192 or offline=True.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        *,
+        config: Config | None = None,
+        progress: Callable[[PullProgress], None] | None = None,
+        **overrides: Any,
+    ) -> None:
+        if model is not None:
+            overrides["model"] = str(model)
+        if config is None:
+            config = load(overrides).config
+        elif overrides:
+            config = msgspec.structs.replace(config, **overrides)
+        self.config = config
+        self._progress = progress
+        self._served: ServedModel | None = None
+        self._closed = False
+        self._lock = threading.Lock()
+
+    async def open(self) -> None:
+        """Pull the model if needed and load it. Raises StoreError, ModelFileError or EngineError."""
+        served = await load_model(self.config, progress=self._progress)
+        with self._lock:
+            if not self._closed and self._served is None:
+                self._served = served
+                return
+        await asyncio.to_thread(served.close)
+
+    async def close(self) -> None:
+        """End running answers and give all memory back; idempotent."""
+        with self._lock:
+            self._closed = True
+            served, self._served = self._served, None
+        if served is not None:
+            await asyncio.to_thread(served.close)
+
+    async def __aenter__(self) -> Runtime:
+        await self.open()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    @property
+    def served(self) -> ServedModel:
+        """The loaded model; raises Unavailable before `open` and after `close`."""
+        served = self._served
+        if served is None:
+            raise Unavailable("This Runtime is not open.", hint="Use it as: async with lichen.Runtime() as runtime")
+        return served
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> ChatStream:
+        """Answer a conversation: messages of {"role", "content"}; options as in `SamplingOptions`."""
+        sampling = _sampling(options)
+        return ChatStream(lambda: self.served.chat(messages, sampling))
+
+    def generate(self, prompt: str | list[int], **options: Any) -> ChatStream:
+        """Continue a text (or token ids) as it is, without a chat template."""
+        sampling = _sampling(options)
+        return ChatStream(lambda: self.served.complete(prompt, sampling))
+
+    async def complete(self, prompt: str | list[int], **options: Any) -> Completion:
+        """As `generate`, but the whole answer at once."""
+        return await self.generate(prompt, **options).finish()
+
+
+def _sampling(options: dict[str, Any]) -> SamplingOptions:
+    """The same options as over HTTP. Raises RequestError naming an unknown or mistyped one."""
+    if isinstance(stop := options.get("stop"), str):
+        options["stop"] = (stop,)
+    unknown = options.keys() - set(SamplingOptions.__struct_fields__)
+    if unknown:
+        name = min(unknown)
+        raise RequestError(
+            f"There is no option {name!r}.",
+            hint=f"Options: {', '.join(SamplingOptions.__struct_fields__)}.",
+            param=name,
+        )
+    try:
+        return msgspec.convert({k: v for k, v in options.items() if v is not None}, SamplingOptions)
+    except msgspec.ValidationError as error:
+        raise RequestError(f"{error}.") from error
+
+
+async def load_model(
+    config: Config, *, progress: Callable[[PullProgress], None] | None = None
+) -> ServedModel:
+    """Find the configured model, pull it if needed, and load it off the event loop."""
+    store = Store(config.home / "store", offline=config.offline)
+    reference = config.model
+    path = Path(reference).expanduser()
+    if reference.endswith(".gguf") and path.is_file():
+        return await asyncio.to_thread(_load_file, path, config)
+    manifest = store.resolve(reference) or await store.pull(reference, progress=progress)
+    return await asyncio.to_thread(
+        ServedModel.load,
+        store.blob_path(manifest),
+        name=manifest.name,
+        sha256=manifest.sha256,
+        options=model_options(config),
+    )
+
+
+def _load_file(path: Path, config: Config) -> ServedModel:
+    """A GGUF where it lies: checked like a pulled one, but neither hashed nor copied."""
+    from lichen.quant.gguf_check import check_gguf
+
+    check_gguf(path)
+    return ServedModel.load(path, name=path.stem, sha256="", options=model_options(config))
+
+
+def model_options(config: Config) -> ModelOptions:
+    """The part of the configuration that a model is loaded with."""
+    threads = config.threads
+    if not threads:
+        from lichen.devices.probe import probe
+
+        threads = probe().physical_cores
+    return ModelOptions(
+        context=config.context, slots=config.slots, threads=threads, queue=config.queue
+    )

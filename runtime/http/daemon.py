@@ -1,0 +1,272 @@
+"""The daemon: sockets, routes, loading, draining. One event loop, which never computes.
+
+It listens before the model is there, so that `/health` can say "loading". SIGTERM, or a first SIGINT,
+drains: no new requests, the running ones may finish until the deadline. A second SIGINT stops at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+from aiohttp import web
+
+import lichen
+from lichen.errors import ConfigError, LichenError, Unavailable
+from lichen.runtime import native
+from lichen.runtime.http.guard import LOOPBACK, Guard
+from lichen.runtime.http.openai import OpenAIRoutes
+from lichen.runtime.served_model import ServedModel
+
+log = logging.getLogger("lichen.http")
+
+
+class DaemonOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Where and for whom to listen. port 0 takes a free one; max_body in bytes; drain_timeout in seconds."""
+
+    host: str = "127.0.0.1"
+    port: int = 8642
+    uds: Path | None = None
+    api_key: str | None = None
+    insecure_bind: bool = False
+    allowed_hosts: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
+    max_body: int = 8 << 20
+    drain_timeout: float = 30.0
+
+    def check(self) -> None:
+        """Raise ConfigError rather than listen to a network without a key."""
+        if self.uds is not None or self.api_key is not None or self.insecure_bind or _is_loopback(self.host):
+            return
+        raise ConfigError(
+            f"Listening on {self.host} lets every machine of that network use this model, and no API key is set.",
+            hint="Set one with --api-key (or LICHEN_API_KEY), or say --allow-unauthenticated.",
+        )
+
+
+class Daemon:
+    """State of one daemon: the model once it is loaded, and whether it still takes requests."""
+
+    def __init__(self, options: DaemonOptions) -> None:
+        options.check()
+        self.options = options
+        self.model: ServedModel | None = None
+        self.state: Literal["loading", "ok", "draining", "failed"] = "loading"
+        self.url = ""
+        self._failure: LichenError | None = None
+        self._started = time.monotonic()
+        hosts = (options.host, *options.allowed_hosts)
+        self._guard = Guard(hosts=hosts, origins=options.allowed_origins, api_key=options.api_key)
+
+    def current(self) -> ServedModel:
+        """The model that answers; raises Unavailable while there is none."""
+        if self.state == "draining":
+            raise Unavailable("lichen is shutting down and takes no new requests.")
+        if self._failure is not None:
+            raise self._failure
+        if self.model is None:
+            raise Unavailable("The model is still loading.", hint="Try again in a moment.")
+        return self.model
+
+    def application(self) -> web.Application:
+        """The aiohttp application with every route."""
+        app = web.Application(middlewares=[self._guard.middleware], client_max_size=self.options.max_body)
+        app.on_response_prepare.append(self._guard.allow_reading)
+        app.add_routes(OpenAIRoutes(self.current).routes())
+        app.add_routes(
+            [web.get("/health", self.health), web.get("/version", self.version), web.get("/status", self.status)]
+        )
+        return app
+
+    async def load(self, loading: Awaitable[ServedModel]) -> None:
+        """Wait for the model; a failure is kept for `/health` and raised."""
+        try:
+            self.model = await loading
+        except LichenError as error:
+            self.state, self._failure = "failed", error
+            raise
+        self.state = "ok"
+
+    async def health(self, request: web.Request) -> web.Response:
+        """200 when requests are answered, 503 otherwise, with the state."""
+        state: str = self.state
+        if self.model is not None and self.model.engine.state == "failed":
+            state = "failed"
+        return _json({"status": state}, status=200 if state == "ok" else 503)
+
+    async def version(self, request: web.Request) -> web.Response:
+        """Versions of lichen and of the llama.cpp bindings."""
+        return _json({"version": lichen.__version__, "llama_cpp": native.version()})
+
+    async def status(self, request: web.Request) -> web.Response:
+        """What runs now: model, slots, queue, counters, memory (bytes)."""
+        model = self.model
+        body: dict[str, Any] = {
+            "version": lichen.__version__,
+            "pid": os.getpid(),
+            "uptime_s": round(time.monotonic() - self._started, 1),
+            "state": self.state,
+            "rss_bytes": _resident_bytes(),
+            "tasks": len(asyncio.all_tasks()),
+            "models": [],
+        }
+        if model is not None:
+            counters = model.engine.counters()
+            cells = model.info.context * model.info.slots
+            body["models"] = [msgspec.to_builtins(model.info)]
+            body["slots"] = {"total": model.info.slots, "busy": model.info.slots - counters.free_slots}
+            body["queue"] = {"waiting": counters.waiting, "limit": model.options.queue}
+            body["kv"] = {"cells_used": counters.cells_used, "cells_total": cells}
+            body["counters"] = msgspec.to_builtins(counters)
+        return _json(body)
+
+    async def drain(self) -> bool:
+        """Refuse new requests and let running ones finish until the deadline; True when all did."""
+        self.state = "draining"
+        if self.model is None:
+            return True
+        return await asyncio.to_thread(self.model.engine.drain, self.options.drain_timeout)
+
+    @asynccontextmanager
+    async def listening(self) -> AsyncIterator[None]:
+        """Sockets open inside; `url` says where."""
+        runner = web.AppRunner(
+            self.application(), handler_cancellation=True, access_log=None, shutdown_timeout=1.0
+        )
+        await runner.setup()
+        try:
+            await self._open(runner)
+            yield
+        finally:
+            await runner.cleanup()
+            if self.options.uds is not None:
+                self.options.uds.unlink(missing_ok=True)
+
+    async def _open(self, runner: web.AppRunner) -> None:
+        options = self.options
+        if options.uds is not None:
+            _remove_stale_socket(options.uds)
+            options.uds.parent.mkdir(parents=True, exist_ok=True)
+            await web.UnixSite(runner, str(options.uds)).start()
+            options.uds.chmod(0o600)
+            self.url = f"unix:{options.uds}"
+            return
+        site = web.TCPSite(runner, options.host, options.port)
+        try:
+            await site.start()
+        except OSError as error:
+            raise ConfigError(
+                f"lichen cannot listen on {options.host}:{options.port}: {os.strerror(error.errno or 0)}.",
+                hint="Is another lichen running? Choose another port with --port.",
+            ) from error
+        port = runner.addresses[0][1]
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        self.url = f"http://{host}:{port}"
+
+
+async def serve(
+    options: DaemonOptions,
+    loading: Awaitable[ServedModel],
+    *,
+    on_event: Callable[[str], None] = lambda _line: None,
+) -> None:
+    """Run a daemon until a signal ends it. `loading` gives the model; `on_event` gets lines for a person.
+
+    Raises ConfigError when it cannot listen, and what loading raised.
+    """
+    daemon = Daemon(options)
+    try:
+        async with daemon.listening():
+            on_event(f"Listening on {daemon.url}")
+            stop = _signals(on_event)
+            load = asyncio.ensure_future(daemon.load(loading))
+            first = asyncio.ensure_future(stop.wait_first())
+            await asyncio.wait({load, first}, return_when=asyncio.FIRST_COMPLETED)
+            if load.done():
+                load.result()
+                assert daemon.model is not None, "load() sets the model or raises"
+                on_event(f"Ready: {daemon.model.info.name}")
+            await first
+            drained = asyncio.ensure_future(daemon.drain())
+            await asyncio.wait({drained, asyncio.ensure_future(stop.wait_second())}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        with suppress(LichenError):
+            model = daemon.model or await loading
+            await asyncio.to_thread(model.close)
+    on_event("Stopped.")
+
+
+class _Stops:
+    """The signals that ask a daemon to stop, counted."""
+
+    def __init__(self) -> None:
+        self._first = asyncio.Event()
+        self._second = asyncio.Event()
+
+    def ask(self, *, again_is_now: bool) -> None:
+        if again_is_now and self._first.is_set():
+            self._second.set()
+        self._first.set()
+
+    async def wait_first(self) -> None:
+        await self._first.wait()
+
+    async def wait_second(self) -> None:
+        await self._second.wait()
+
+
+def _signals(on_event: Callable[[str], None]) -> _Stops:
+    stops = _Stops()
+    loop = asyncio.get_running_loop()
+
+    def interrupt() -> None:
+        stops.ask(again_is_now=True)
+        on_event("Finishing the running answers; press Ctrl-C again to stop now.")
+
+    loop.add_signal_handler(signal.SIGTERM, lambda: stops.ask(again_is_now=False))
+    loop.add_signal_handler(signal.SIGINT, interrupt)
+    return stops
+
+
+def _is_loopback(host: str) -> bool:
+    if host in LOOPBACK:
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _remove_stale_socket(path: Path) -> None:
+    """Remove a socket file that nobody listens on; refuse to take a live one or another file."""
+    if not path.exists():
+        return
+    with socket.socket(socket.AF_UNIX) as probe:
+        if not path.is_socket():
+            raise ConfigError(f"{path} exists and is not a socket.", hint="Choose another path with --uds.")
+        try:
+            probe.connect(str(path))
+        except OSError:
+            path.unlink(missing_ok=True)
+            return
+    raise ConfigError(f"Another program listens on {path}.", hint="Choose another path with --uds.")
+
+
+def _resident_bytes() -> int:
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def _json(body: dict[str, Any], *, status: int = 200) -> web.Response:
+    return web.Response(body=msgspec.json.encode(body), content_type="application/json", status=status)
