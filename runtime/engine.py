@@ -130,8 +130,10 @@ class Engine:
         self._inbox.put(function)
 
     def counters(self) -> Counters:
-        """A snapshot of the counters."""
-        return msgspec.structs.replace(self._counters)
+        """A snapshot of the counters; who was admitted and does not run yet is waiting."""
+        now = msgspec.structs.replace(self._counters)
+        now.waiting = max(0, self._admitted - now.running)
+        return now
 
     def drain(self, timeout: float) -> bool:
         """Take no more sequences and wait for those that run, at most `timeout` seconds, then end the
@@ -336,11 +338,11 @@ class Engine:
                 self.context.clear(slot)
             self._slots.release(slot, sequence.tokens[:keep])
             sequence.slot = None
+        self._count_now()
         with self._admission:
             self._admitted -= 1
             if not self._admitted:
                 self._idle.set()
-        self._count_now()
 
     def _cancel(self, sequence: Sequence) -> None:
         if sequence in self._running:
@@ -369,7 +371,6 @@ class Engine:
 
     def _count_now(self) -> None:
         counters = self._counters
-        counters.waiting = len(self._waiting)
         counters.running = len(self._running)
         counters.free_slots = self._slots.free
         counters.cells_used = self._slots.held_tokens

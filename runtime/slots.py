@@ -83,10 +83,11 @@ class SlotPool:
 
     def worth_waiting(self, prompt: Sequence[int], live: Iterable[LiveSequence]) -> bool:
         """Whether a running prefill will soon hold much more of `prompt` than any slot does now."""
-        held, _ = self._tree.match(prompt)
+        held, holders = self._tree.match(prompt)
         for other in live:
             if other.computed < len(other.prompt):
                 shared = min(shared_prefix(other.prompt, prompt), len(prompt) - 1)
-                if shared - held >= MIN_WAIT and other.computed < shared:
+                elsewhere = 0 if other.slot in holders else held
+                if shared - elsewhere >= MIN_WAIT and other.computed < shared:
                     return True
         return False

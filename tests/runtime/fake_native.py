@@ -1,0 +1,88 @@
+"""A model that counts, in place of llama.cpp: the token after n is n + 1, and 99 ends the answer.
+
+It obeys the native context's contract (positions in order, slots bounded, cells counted), so that the
+engine's bookkeeping is tested in milliseconds. What it cannot show, the real-model tests do.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from lichen.runtime.native import DECODE_OK
+
+END = 99
+VOCABULARY = 100
+
+
+class CountingModel:
+    vocab_size = VOCABULARY
+
+    def is_end(self, token: int) -> bool:
+        return token == END
+
+    def piece(self, token: int) -> bytes:
+        return f"{token} ".encode()
+
+
+class CountingContext:
+    def __init__(self, *, slots: int = 2, context: int = 64, batch: int = 8) -> None:
+        self.slots, self.context, self.batch = slots, context, batch
+        self.held: dict[int, list[int]] = {slot: [] for slot in range(slots)}
+        self.batches: list[list[tuple[int, int, int]]] = []
+        self.outputs: list[int] = []
+        self.codes: list[int] = []  # answers to the next decodes, before they succeed again
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Event()
+        self.pace = 0.0  # seconds a decode takes at least
+        self.closed = False
+
+    def decode(
+        self, tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int], outputs: Sequence[int]
+    ) -> int:
+        self.entered.set()
+        assert self.gate.wait(20)
+        time.sleep(self.pace)
+        assert 0 < len(tokens) <= self.batch
+        if self.codes and (code := self.codes.pop(0)) != DECODE_OK:
+            return code
+        for token, position, slot in zip(tokens, positions, slots, strict=True):
+            assert position == len(self.held[slot]) < self.context, "positions follow on each other"
+            self.held[slot].append(token)
+        self.batches.append(list(zip(tokens, positions, slots, strict=True)))
+        self.outputs = [token if wanted else -1 for token, wanted in zip(tokens, outputs, strict=True)]
+        return DECODE_OK
+
+    def truncate(self, slot: int, length: int) -> bool:
+        assert length <= len(self.held[slot])
+        del self.held[slot][length:]
+        return True
+
+    def clear(self, slot: int) -> None:
+        self.held[slot].clear()
+
+    def copy(self, source: int, target: int) -> None:
+        self.held[target] = list(self.held[source])
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class CountingSampler:
+    def __init__(self, model: CountingModel, options: Any) -> None:
+        self.open = True
+
+    def accept(self, token: int) -> None:
+        assert self.open
+
+    def sample(self, context: CountingContext, index: int) -> int:
+        assert self.open
+        token = context.outputs[index]
+        assert token >= 0, "logits were asked for at this index"
+        return (token + 1) % VOCABULARY
+
+    def close(self) -> None:
+        self.open = False
