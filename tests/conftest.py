@@ -1,0 +1,136 @@
+"""What the tests share: the real default model, and real daemons in their own processes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+from lichen.runtime.served_model import ModelOptions, ServedModel
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = "smollm2-135m"
+
+
+@pytest.fixture(scope="session")
+def lichen_home() -> Path:
+    """A home that outlives the run, so that the default model is fetched once."""
+    return Path(os.environ.get("LICHEN_TEST_HOME", ROOT / ".build" / "test-home"))
+
+
+@pytest.fixture(scope="session")
+def model_path(lichen_home: Path) -> Path:
+    """The default model as a file: LICHEN_TEST_MODEL, or pulled once into the tests' own store."""
+    if given := os.environ.get("LICHEN_TEST_MODEL"):
+        return Path(given)
+    from lichen.sync.store import Store
+
+    store = Store(lichen_home / "store")
+    manifest = store.resolve(MODEL) or asyncio.run(store.pull(MODEL))
+    return store.blob_path(manifest)
+
+
+@pytest.fixture(scope="session")
+def served(model_path: Path) -> Iterator[ServedModel]:
+    """The default model in this process: 8 slots of 2,048 tokens."""
+    options = ModelOptions(context=2048, slots=8, threads=2, queue=256)
+    model = ServedModel.load(model_path, name=MODEL, sha256="", options=options)
+    yield model
+    model.close()
+
+
+def free_port() -> int:
+    """A TCP port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class RunningDaemon:
+    """A `lichen serve` process and where it answers."""
+
+    process: subprocess.Popen[str]
+    base_url: str  # ends in /v1, as OpenAI clients take it
+    url: str
+    model: str
+
+    def status(self) -> dict[str, object]:
+        """`GET /status`."""
+        answer: dict[str, object] = httpx.get(f"{self.url}/status", timeout=5).json()
+        return answer
+
+    def counters(self) -> dict[str, int]:
+        """The engine's counters."""
+        counters = self.status()["counters"]
+        assert isinstance(counters, dict)
+        return counters
+
+    def wait_idle(self, seconds: float = 20) -> dict[str, int]:
+        """Wait until nothing runs or waits; the counters then."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            counters = self.counters()
+            if not counters["running"] and not counters["waiting"]:
+                return counters
+            time.sleep(0.05)
+        raise AssertionError(f"still busy after {seconds} s: {counters}")
+
+
+StartDaemon = Callable[..., RunningDaemon]
+
+
+@pytest.fixture(scope="session")
+def start_daemon(model_path: Path, lichen_home: Path) -> Iterator[StartDaemon]:
+    """Start `lichen serve` with flags; every daemon is ended after the tests."""
+    running: list[subprocess.Popen[str]] = []
+
+    def start(*flags: str, wait: bool = True) -> RunningDaemon:
+        port = free_port()
+        command = [sys.executable, "-m", "lichen.cli", "serve", "--model", str(model_path)]
+        command += ["--port", str(port), "--threads", "2", *flags]
+        environment = {**os.environ, "LICHEN_HOME": str(lichen_home)}
+        process = subprocess.Popen(
+            command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        running.append(process)
+        url = f"http://127.0.0.1:{port}"
+        daemon = RunningDaemon(process, f"{url}/v1", url, model_path.stem)
+        if wait:
+            wait_ready(daemon)
+        return daemon
+
+    yield start
+    for process in running:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def wait_ready(daemon: RunningDaemon, seconds: float = 30) -> None:
+    """Wait until `/health` answers 200; fail with the daemon's own words if it ends before."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if daemon.process.poll() is not None:
+            raise AssertionError(f"the daemon ended: {daemon.process.communicate()[0]}")
+        try:
+            if httpx.get(f"{daemon.url}/health", timeout=1).status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(0.02)
+    raise AssertionError(f"the daemon was not ready within {seconds} s")
+
+
+@pytest.fixture(scope="session")
+def daemon(start_daemon: StartDaemon) -> RunningDaemon:
+    """One daemon for all tests that leave it as they found it: 8 slots of 4,096 tokens."""
+    return start_daemon("--slots", "8", "--queue", "256")

@@ -1,0 +1,149 @@
+"""The embedded API, as a program uses it."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+import lichen
+from lichen.api import Runtime
+from lichen.errors import ConfigError, ContextOverflow, LichenError, RequestError, Unavailable
+
+ASK = [{"role": "user", "content": "Explain in two sentences why the sky is blue."}]
+
+
+@pytest.fixture
+async def runtime(model_path: Path) -> AsyncIterator[Runtime]:
+    async with lichen.Runtime(model_path, context=512, slots=2) as runtime:
+        yield runtime
+
+
+async def idle(runtime: Runtime) -> None:
+    for _ in range(200):
+        counters = runtime.served.engine.counters()
+        if not counters.running and not counters.waiting:
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError(f"still busy: {counters}")
+
+
+async def test_a_chat_streams_pieces_and_then_knows_the_whole(runtime: Runtime) -> None:
+    stream = runtime.chat(ASK, temperature=0, max_tokens=30)
+    pieces = [piece async for piece in stream]
+    assert len(pieces) > 10
+    assert stream.completion is not None
+    assert stream.completion.text == "".join(pieces)
+    assert "sky" in stream.completion.text
+    assert stream.completion.usage.completion_tokens == 30
+    assert stream.completion.finish_reason == "length"
+    assert stream.completion.timings.ttft_s > 0
+
+
+async def test_complete_returns_at_once_and_stop_strings_hold(runtime: Runtime) -> None:
+    completion = await runtime.complete("1, 2, 3, 4,", temperature=0, max_tokens=20, stop="7")
+    assert completion.text == " 5, 6, "
+    assert completion.finish_reason == "stop"
+
+
+async def test_leaving_the_loop_frees_the_sequence(runtime: Runtime) -> None:
+    async for _ in runtime.chat(ASK):
+        break
+    gc.collect()
+    await idle(runtime)
+    assert runtime.served.engine.counters().cancelled == 1
+
+
+async def test_a_timeout_frees_the_sequence(runtime: Runtime) -> None:
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.3):
+            await runtime.complete("Count to a million: 1, 2, 3,", temperature=0)
+    await idle(runtime)
+    assert runtime.served.engine.counters().cancelled == 1
+
+
+async def test_aclose_frees_the_sequence(runtime: Runtime) -> None:
+    stream = runtime.chat(ASK)
+    await anext(stream)
+    await stream.aclose()
+    await stream.aclose()
+    await idle(runtime)
+    with pytest.raises(LichenError, match="closed before"):
+        await stream.finish()
+
+
+async def test_other_threads_with_their_own_loops_may_ask(runtime: Runtime) -> None:
+    texts: list[str] = []
+
+    def ask() -> None:
+        texts.append(asyncio.run(runtime.complete("1, 2, 3,", temperature=0, max_tokens=4)).text)
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    await asyncio.to_thread(lambda: [thread.join(30) for thread in threads])
+    assert texts == [" 4, "] * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [({"temprature": 1}, "temprature"), ({"temperature": "hot"}, None), ({"max_tokens": 0}, "max_tokens")],
+)
+async def test_wrong_options_are_named(runtime: Runtime, options: dict[str, object], field: str | None) -> None:
+    with pytest.raises(RequestError) as caught:
+        await runtime.complete("x", **options)
+    assert caught.value.param == field
+
+
+async def test_a_prompt_over_the_context_is_refused(runtime: Runtime) -> None:
+    with pytest.raises(ContextOverflow, match="512"):
+        await runtime.complete("word " * 600)
+
+
+async def test_before_open_and_after_close_it_says_so(model_path: Path) -> None:
+    runtime = lichen.Runtime(model_path, context=256, slots=1)
+    with pytest.raises(Unavailable, match="not open"):
+        await runtime.complete("x")
+    await runtime.open()
+    await runtime.close()
+    await runtime.close()
+    with pytest.raises(Unavailable, match="not open"):
+        await runtime.complete("x")
+
+
+def test_a_wrong_setting_is_refused() -> None:
+    with pytest.raises(ConfigError, match="slotz"):
+        lichen.Runtime(slotz=3)
+
+
+async def test_fifty_loads_and_closes_leave_memory_flat(model_path: Path) -> None:
+    async def once() -> None:
+        async with lichen.Runtime(model_path, context=256, slots=1) as runtime:
+            await runtime.complete("1, 2,", max_tokens=2)
+
+    def resident() -> int:
+        gc.collect()
+        return int(psutil.Process().memory_info().rss)
+
+    for _ in range(10):
+        await once()
+    early = resident()
+    for _ in range(40):
+        await once()
+    assert resident() - early < 24 << 20, "less than a tenth of one model's memory over forty loads"
+
+
+def test_importing_lichen_is_light() -> None:
+    code = (
+        "import sys, lichen, lichen.runtime.served_model; lichen.Runtime; "
+        "print([m for m in ('torch', 'numpy', 'aiohttp', 'httpx') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
