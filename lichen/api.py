@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from lichen.config import Config, load
+from lichen.config import Config, load, override
 from lichen.errors import LichenError, RequestError, Unavailable
 from lichen.runtime.generation import Generation
 from lichen.runtime.sequence import Finished, FinishReason, Piece, SamplingOptions, Timings, Usage
@@ -100,9 +100,9 @@ class Runtime:
         if model is not None:
             overrides["model"] = str(model)
         if config is None:
-            config = load(overrides).config
+            config = load(overrides, given_as="argument").config
         elif overrides:
-            config = msgspec.structs.replace(config, **overrides)
+            config = override(config, overrides)
         self.config = config
         self._progress = progress
         self._served: ServedModel | None = None

@@ -16,7 +16,6 @@ import datetime
 import hashlib
 import os
 import re
-import shutil
 import time
 import zipfile
 from collections.abc import AsyncIterator, Callable
@@ -372,10 +371,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def free_bytes(path: Path) -> int:
-    """Free space where `path` is or would be."""
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free

@@ -1,0 +1,161 @@
+"""Who answers: a running daemon, or the engine in this process. Both give text pieces and a result."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lichen.errors import EngineError, LichenError, Unauthorized
+
+if TYPE_CHECKING:
+    import httpx
+
+    from lichen.api import Runtime
+    from lichen.config import Config
+
+Message = dict[str, str]
+
+
+class Answering(Protocol):
+    """Something that answers conversations. `result` holds the last answer's numbers."""
+
+    label: str
+    result: dict[str, Any]
+
+    def stream(self, messages: list[Message], options: dict[str, Any]) -> AsyncIterator[str]:
+        """Text pieces of the answer; closing the iterator stops it."""
+        ...
+
+
+class DaemonAnswering:
+    """A daemon over HTTP or its Unix socket."""
+
+    def __init__(self, client: httpx.AsyncClient, label: str) -> None:
+        self._client = client
+        self.label = label
+        self.result: dict[str, Any] = {}
+
+    async def stream(self, messages: list[Message], options: dict[str, Any]) -> AsyncIterator[str]:
+        """Read the server-sent events of one chat completion."""
+        body = {"messages": messages, "stream": True, "stream_options": {"include_usage": True}, **options}
+        self.result = {}
+        async with self._client.stream("POST", "/v1/chat/completions", json=body) as answer:
+            if answer.status_code != 200:
+                raise _refusal(answer.status_code, await answer.aread())
+            async for line in answer.aiter_lines():
+                if line.startswith("data: {"):
+                    event = json.loads(line[6:])
+                    if "error" in event:
+                        raise EngineError(event["error"]["message"])
+                    for name in ("usage", "timings", "model"):
+                        if event.get(name):
+                            self.result[name] = event[name]
+                    for choice in event["choices"]:
+                        if choice["finish_reason"]:
+                            self.result["finish_reason"] = choice["finish_reason"]
+                        if text := choice["delta"].get("content"):
+                            yield text
+
+
+class EmbeddedAnswering:
+    """The engine in this process."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self.label = f"{runtime.served.info.name} in this process"
+        self.result: dict[str, Any] = {}
+
+    async def stream(self, messages: list[Message], options: dict[str, Any]) -> AsyncIterator[str]:
+        """Pieces of one chat answer."""
+        self.result = {}
+        stream = self._runtime.chat(messages, **options)
+        try:
+            async for piece in stream:
+                yield piece
+        finally:
+            await stream.aclose()
+        done = stream.completion
+        if done is not None:
+            usage, timings = done.usage, done.timings
+            self.result = {
+                "model": self._runtime.served.info.name,
+                "finish_reason": done.finish_reason,
+                "usage": {
+                    "prompt_tokens": usage.prompt_tokens,
+                    "completion_tokens": usage.completion_tokens,
+                    "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+                },
+                "timings": {
+                    "ttft_ms": round(timings.ttft_s * 1e3, 1),
+                    "tokens_per_second": round(timings.tokens_per_second, 2),
+                },
+            }
+
+
+@asynccontextmanager
+async def answering(config: Config, *, model_given: bool, use_daemon: bool) -> AsyncIterator[Answering]:
+    """The daemon if one runs (and serves the wanted model), else the engine in this process."""
+    if use_daemon:
+        async with daemon_client(config) as client:
+            name = await _served_name(client)
+            if name is not None and (not model_given or config.model == name):
+                yield DaemonAnswering(client, f"{name} from the daemon at {_address(config)}")
+                return
+    import sys
+
+    import lichen
+    from lichen.cli.models import PullDisplay
+    from lichen.config import override
+
+    with PullDisplay(sys.stderr) as display:
+        runtime = lichen.Runtime(config=override(config, {"slots": 1}), progress=display)
+        await runtime.open()
+    try:
+        yield EmbeddedAnswering(runtime)
+    finally:
+        await runtime.close()
+
+
+@asynccontextmanager
+async def daemon_client(config: Config) -> AsyncIterator[httpx.AsyncClient]:
+    """An HTTP client for the configured daemon."""
+    import httpx
+
+    headers = {"Authorization": f"Bearer {config.api_key}"} if config.api_key else {}
+    transport = httpx.AsyncHTTPTransport(uds=str(config.uds)) if config.uds else None
+    base = "http://localhost" if config.uds else f"http://{_address(config)}"
+    async with httpx.AsyncClient(
+        base_url=base, headers=headers, transport=transport, timeout=httpx.Timeout(None, connect=2), trust_env=False
+    ) as client:
+        yield client
+
+
+def _address(config: Config) -> str:
+    if config.uds:
+        return str(config.uds)
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    return f"{host}:{config.port}"
+
+
+async def _served_name(client: httpx.AsyncClient) -> str | None:
+    """The model of a daemon that answers now, or None."""
+    import httpx
+
+    try:
+        if (await client.get("/health", timeout=1)).status_code != 200:
+            return None
+        answer = await client.get("/v1/models", timeout=2)
+        if answer.status_code == 401:
+            raise Unauthorized("The daemon needs an API key.", hint="Set LICHEN_API_KEY.")
+        return str(answer.json()["data"][0]["id"])
+    except (httpx.HTTPError, ValueError, LookupError):
+        return None
+
+
+def _refusal(status: int, body: bytes) -> LichenError:
+    try:
+        return LichenError(str(json.loads(body)["error"]["message"]))
+    except (ValueError, LookupError, TypeError):
+        return LichenError(f"The daemon answered with status {status}.")
