@@ -33,7 +33,7 @@ check: install
 	$(PYTHON) scripts/typed_tree.py
 	cd .build/tree && MYPYPATH=$(CURDIR)/.build/tree ../../$(PYTHON) -m mypy --config-file ../../pyproject.toml -p lichen
 	MYPYPATH=$(CURDIR)/.build/tree $(PYTHON) -m mypy --explicit-package-bases tests scripts/demo.py scripts/typed_tree.py scripts/size_limits.py docs/generate.py
-	PYTHONPATH=.build/tree .venv/bin/lint-imports
+	cd .build/tree && ../../.venv/bin/lint-imports --config ../../pyproject.toml
 	$(PYTHON) scripts/size_limits.py
 	$(PYTHON) docs/generate.py --check
 

@@ -19,7 +19,21 @@ X86_LEVELS: tuple[tuple[str, frozenset[str]], ...] = (
     ("x86-64-v3", frozenset({"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"})),
     ("x86-64-v2", frozenset({"cx16", "popcnt", "sse4_1", "sse4_2", "ssse3"})),
 )
-REPORTED = frozenset({"avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "avx_vnni", "asimd", "asimddp", "i8mm", "sve", "bf16"})
+REPORTED = frozenset(
+    {
+        "avx2",
+        "avx512f",
+        "avx512_vnni",
+        "avx512_bf16",
+        "amx_int8",
+        "avx_vnni",
+        "asimd",
+        "asimddp",
+        "i8mm",
+        "sve",
+        "bf16",
+    }
+)
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,7 +95,11 @@ def isa_level(machine: str, flags: frozenset[str]) -> str:
     return "x86-64"
 
 
-CPU_QUOTA_FILES = ("/sys/fs/cgroup/cpu.max", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us")
+CPU_QUOTA_FILES = (
+    "/sys/fs/cgroup/cpu.max",
+    "/sys/fs/cgroup/cpu/cpu.cfs_quota_us",
+    "/sys/fs/cgroup/cpu/cpu.cfs_period_us",
+)
 MEMORY_LIMIT_FILES = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 

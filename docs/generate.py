@@ -21,7 +21,9 @@ def errors_page() -> str:
     for name, kind in vars(errors).items():
         if inspect.isclass(kind) and issubclass(kind, errors.LichenError):
             meaning = inspect.getdoc(kind) or ""
-            rows.append(f"| {name} | {kind.status} | `{kind.code}` | `{kind.kind}` | {meaning.splitlines()[0]} |")
+            rows.append(
+                f"| {name} | {kind.status} | `{kind.code}` | `{kind.kind}` | {meaning.splitlines()[0]} |"
+            )
     return "\n".join([*rows, ""])
 
 
@@ -51,7 +53,11 @@ def commands_page() -> str:
     for command in COMMANDS:
         words = [word for word in (command, "--help") if word]
         text = subprocess.run(
-            [sys.executable, "-m", "lichen.cli", *words], capture_output=True, text=True, env=environment, check=True
+            [sys.executable, "-m", "lichen.cli", *words],
+            capture_output=True,
+            text=True,
+            env=environment,
+            check=True,
         ).stdout.replace("python -m lichen.cli", "lichen")
         body = "\n".join(line.rstrip() for line in text.strip().splitlines())
         parts += [f"## lichen {command}".rstrip(), "", "```", body, "```", ""]

@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 
 __all__ = ["ChatStream", "Completion", "LichenError", "Runtime", "__version__"]
 
-_HOMES = {"Runtime": "lichen.api", "ChatStream": "lichen.api", "Completion": "lichen.api", "LichenError": "lichen.errors"}
+_HOMES = {
+    "Runtime": "lichen.api",
+    "ChatStream": "lichen.api",
+    "Completion": "lichen.api",
+    "LichenError": "lichen.errors",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -138,7 +138,9 @@ class Runtime:
         """The loaded model; raises Unavailable before `open` and after `close`."""
         served = self._served
         if served is None:
-            raise Unavailable("This Runtime is not open.", hint="Use it as: async with lichen.Runtime() as runtime")
+            raise Unavailable(
+                "This Runtime is not open.", hint="Use it as: async with lichen.Runtime() as runtime"
+            )
         return served
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> ChatStream:
@@ -180,8 +182,7 @@ async def load_model(
     """Find the configured model, pull it if needed, and load it off the event loop."""
     store = Store(config.home / "store", offline=config.offline)
     reference = config.model
-    path = Path(reference).expanduser()
-    if reference.endswith(".gguf") and path.is_file():
+    if (path := local_file(reference)) is not None:
         return await asyncio.to_thread(_load_file, path, config)
     manifest = store.resolve(reference) or await store.pull(reference, progress=progress)
     return await asyncio.to_thread(
@@ -191,6 +192,13 @@ async def load_model(
         sha256=manifest.sha256,
         options=model_options(config),
     )
+
+
+def local_file(reference: str) -> Path | None:
+    """The GGUF that a model setting names by its path, or None."""
+    path = Path(reference).expanduser()
+    looks_like_one = reference.endswith(".gguf") or "/" in reference
+    return path if looks_like_one and path.is_file() else None
 
 
 def _load_file(path: Path, config: Config) -> ServedModel:
@@ -208,6 +216,4 @@ def model_options(config: Config) -> ModelOptions:
         from lichen.devices.probe import probe
 
         threads = probe().physical_cores
-    return ModelOptions(
-        context=config.context, slots=config.slots, threads=threads, queue=config.queue
-    )
+    return ModelOptions(context=config.context, slots=config.slots, threads=threads, queue=config.queue)

@@ -31,6 +31,16 @@ FILE_VARIABLE = "LICHEN_CONFIG"
 FOREIGN_PREFIXES = ("LICHEN_TEST_", "LICHEN_BENCH_")  # variables of the test suite and the benchmarks
 FILE_LIMIT = 1 << 20  # bytes
 HIDDEN = "(set, hidden)"
+_BOOLEANS = {
+    "1": True,
+    "true": True,
+    "yes": True,
+    "on": True,
+    "0": False,
+    "false": False,
+    "no": False,
+    "off": False,
+}
 
 OriginKind = Literal["flag", "argument", "environment", "file", "default"]
 LogLevel = Literal["debug", "info", "warning", "error", "critical"]
@@ -46,173 +56,115 @@ def default_file() -> Path:
     return Path(platformdirs.user_config_dir("lichen", appauthor=False)) / "config.toml"
 
 
-def _about(description: str, allowed: str, *, metavar: str = "TEXT", **more: Any) -> Meta:
-    """What a setting is for, and in words what it may hold; `more` are msgspec's own limits."""
-    extra = {name: more.pop(name) for name in ("flag", "secret", "default", "bytes") if name in more}
-    return Meta(description=description, extra={"allowed": allowed, "metavar": metavar, **extra}, **more)
+def _about(description: str, **extra: Any) -> Meta:
+    """What a setting is for. extra: flag, metavar, allowed, default, secret, bytes (see `Setting`)."""
+    return Meta(description=description, extra=extra)
+
+
+# What a value may hold. The words of a refusal are made from the limits, or stand in `allowed`.
+Count = Annotated[int, Meta(ge=1, le=256)]
+Line = Annotated[str, Meta(pattern=r"\A[^\x00-\x1f\x7f]+\Z", max_length=4096)]
+HostName = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9._:%-]+\Z", max_length=255)]
+Key = Annotated[str, Meta(pattern=r"\A[\x21-\x7e]+\Z", max_length=4096)]
+Words = tuple[Key, ...]
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
     """The settings of one process, checked. Make it with `load`, and change it with `override`."""
 
     model: Annotated[
-        str,
+        Line,
         _about(
-            "Model to run: a name in the store, a catalog name, a source (pypi:, hf:, https:, file:) or a GGUF file.",
-            "a model name, a source or a path",
+            "Model to run: a name in the store, a catalog name, a source (pypi:, hf:, https:, file:) or "
+            "the path of a GGUF file.",
             metavar="MODEL",
-            pattern=r"\A[^\x00-\x1f\x7f]+\Z",
-            max_length=4096,
+            allowed="a model name, a source or a path",
         ),
     ] = "smollm2-135m"
     home: Annotated[
         Path,
         _about(
             "Folder for models and state; the models are under store/.",
-            "a path",
-            metavar="PATH",
             default="the user's data folder (Linux: ~/.local/share/lichen)",
         ),
     ] = msgspec.field(default_factory=default_home)
     host: Annotated[
-        str,
+        HostName,
         _about(
-            "Address that the daemon listens on, and where chat and run look for one.",
-            "a host name or an IP address",
+            "Address that the daemon listens on, and where the other commands look for it.",
             metavar="HOST",
-            pattern=r"\A[A-Za-z0-9._:%-]+\Z",
-            max_length=255,
+            allowed="a host name or an IP address",
         ),
     ] = "127.0.0.1"
     port: Annotated[
-        int,
-        _about(
-            "TCP port of the daemon; 0 takes a free one.",
-            "a whole number from 0 to 65535",
-            metavar="PORT",
-            ge=0,
-            le=65535,
-        ),
+        Annotated[int, Meta(ge=0, le=65535)],
+        _about("TCP port of the daemon; 0 takes a free one.", metavar="PORT"),
     ] = 8642
-    uds: Annotated[
-        Path | None,
-        _about(
-            "Unix socket of the daemon, instead of host and port.", "a path", metavar="PATH", default="none"
-        ),
-    ] = None
+    uds: Annotated[Path | None, _about("Unix socket of the daemon, instead of host and port.")] = None
     api_key: Annotated[
-        str | None,
+        Key | None,
         _about(
-            "Key that clients must send as 'Authorization: Bearer KEY'. A flag is visible to other users of "
-            "the machine; prefer the variable or the file.",
-            "visible ASCII characters without spaces",
+            "Key that clients must send as 'Authorization: Bearer KEY'. Other users of the machine can see "
+            "a flag: prefer the variable or the file.",
             metavar="KEY",
+            allowed="visible ASCII characters without spaces",
             secret=True,
-            default="none",
-            pattern=r"\A[\x21-\x7e]+\Z",
-            max_length=4096,
         ),
     ] = None
     insecure_bind: Annotated[
         bool,
-        _about(
-            "Allow listening beyond this machine without an API key.",
-            "true or false",
-            flag="--allow-unauthenticated",
-        ),
+        _about("Allow listening beyond this machine without an API key.", flag="--allow-unauthenticated"),
     ] = False
     allowed_hosts: Annotated[
-        tuple[str, ...],
+        Words,
         _about(
             "Names besides loopback that the Host header may hold; '*' allows any.",
-            "a list of host names without spaces",
-            metavar="HOST",
             flag="--allowed-host",
-            default="none",
+            metavar="HOST",
+            allowed="a list of host names",
         ),
     ] = ()
     allowed_origins: Annotated[
-        tuple[str, ...],
+        Words,
         _about(
             "Web origins, such as https://chat.example, whose pages may call the daemon; '*' allows any.",
-            "a list of origins without spaces",
-            metavar="ORIGIN",
             flag="--allowed-origin",
-            default="none",
+            metavar="ORIGIN",
+            allowed="a list of web origins",
         ),
     ] = ()
     context: Annotated[
-        int,
+        Annotated[int, Meta(ge=0, le=1 << 20)],
         _about(
-            "Context of one conversation in tokens; 0 takes what the model was trained for.",
-            "0, or a whole number up to 1048576",
-            metavar="TOKENS",
-            ge=0,
-            le=1 << 20,
+            "Tokens that one conversation may hold; 0 takes what the model was trained for.", metavar="TOKENS"
         ),
     ] = 4096
-    slots: Annotated[
-        int,
-        _about(
-            "Conversations that are answered at the same time.",
-            "a whole number from 1 to 256",
-            metavar="N",
-            ge=1,
-            le=256,
-        ),
-    ] = 4
+    slots: Annotated[Count, _about("Conversations that are answered at the same time.")] = 4
     threads: Annotated[
-        int,
-        _about(
-            "Threads that compute; 0 takes the physical cores that this process may use.",
-            "a whole number from 0 to 512",
-            metavar="N",
-            ge=0,
-            le=512,
-        ),
+        Annotated[int, Meta(ge=0, le=512)],
+        _about("Threads that compute; 0 takes the physical cores that this process may use."),
     ] = 0
     queue: Annotated[
-        int,
-        _about(
-            "Requests that may wait for a slot; past it a request is refused with status 429.",
-            "a whole number from 0 to 100000",
-            metavar="N",
-            ge=0,
-            le=100_000,
-        ),
+        Annotated[int, Meta(ge=0, le=100_000)],
+        _about("Requests that may wait for a slot; past it a request is refused with status 429."),
     ] = 64
     max_body: Annotated[
-        int,
+        Annotated[int, Meta(ge=1024, le=1 << 30)],
         _about(
             "Largest HTTP request body.",
-            "a number of bytes from 1024 to 1 GiB, such as 8388608 or '8 MiB'",
             metavar="BYTES",
-            bytes=True,
+            allowed="a number of bytes from 1024 to 1 GiB, such as 8388608 or '8 MiB'",
             default="8 MiB",
-            ge=1024,
-            le=1 << 30,
+            bytes=True,
         ),
     ] = 8 << 20
     drain_timeout: Annotated[
-        float,
-        _about(
-            "Seconds that running answers may take to finish when the daemon is told to stop.",
-            "a number of seconds from 0 to 3600",
-            metavar="SECONDS",
-            ge=0,
-            le=3600,
-        ),
+        Annotated[float, Meta(ge=0, le=3600)],
+        _about("Seconds that running answers get to finish when the daemon stops.", metavar="SECONDS"),
     ] = 30.0
-    offline: Annotated[
-        bool, _about("Never use the network to fetch anything; what is not here is an error.", "true or false")
-    ] = False
+    offline: Annotated[bool, _about("Never use the network to fetch a model.")] = False
     log_level: Annotated[
-        LogLevel,
-        _about(
-            "Least severe log lines to show, on standard error.",
-            "one of debug, info, warning, error, critical",
-            metavar="LEVEL",
-        ),
+        LogLevel, _about("Least severe log lines to show, on standard error.", metavar="LEVEL")
     ] = "warning"
 
     def __repr__(self) -> str:
@@ -221,12 +173,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Setting(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known of one field of `Config`: names, type, and words for people."""
+    """What is known of one field of `Config`: its names, its type, and words for people."""
 
     name: str
     flag: str
     variable: str
     type: Any  # with its limits, as msgspec.convert takes it
+    base: Any  # without limits: str, int, float, bool, Path, tuple or Literal
+    optional: bool
     description: str
     allowed: str
     metavar: str
@@ -234,43 +188,62 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
     secret: bool
     is_bytes: bool
 
-    @property
-    def plain_type(self) -> Any:
-        """The type without its limits and without None."""
-        bare = get_args(self.type)[0]
-        choices = [kind for kind in get_args(bare) if kind is not type(None)]
-        is_optional = type(None) in get_args(bare)
-        return choices[0] if is_optional else bare
+
+def _setting(name: str, kind: Any, default: object) -> Setting:
+    """Read a field's annotation: the type first, then its limits, the description last."""
+    about: Meta = get_args(kind)[-1]
+    limited = get_args(kind)[0]
+    optional = type(None) in get_args(limited)
+    if optional:
+        limited = next(part for part in get_args(limited) if part is not type(None))
+    base = get_args(limited)[0] if get_origin(limited) is Annotated else limited
+    base = get_origin(base) or base
+    extra = about.extra or {}
+    return Setting(
+        name=name,
+        flag=extra.get("flag", "--" + name.replace("_", "-")),
+        variable=ENV_PREFIX + name.upper(),
+        type=kind,
+        base=base,
+        optional=optional,
+        description=about.description or "",
+        allowed=extra.get("allowed") or _in_words(base, kind),
+        metavar=extra.get("metavar", "PATH" if base is Path else "N"),
+        default=extra.get("default") or _plain(default),
+        secret=extra.get("secret", False),
+        is_bytes=extra.get("bytes", False),
+    )
+
+
+def _in_words(base: Any, kind: Any) -> str:
+    """What a type allows, for a person."""
+    if base is Path:
+        return "a path"
+    if base is bool:
+        return "true or false"
+    if base is Literal:
+        return f"one of {', '.join(get_args(get_args(kind)[0]))}"
+    limits = get_args(kind)[1]
+    return f"a {'whole ' if base is int else ''}number from {limits.ge} to {limits.le}"
+
+
+def _plain(value: object) -> str:
+    """A value in the words of the configuration file."""
+    if value is None or value == ():
+        return "none"
+    if isinstance(value, tuple):
+        return ", ".join(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _settings() -> dict[str, Setting]:
     hints = get_type_hints(Config, include_extras=True)
-    fields = {field.name: field for field in msgspec.structs.fields(Config)}
-    settings = {}
-    for name, kind in hints.items():
-        meta = get_args(kind)[1]
-        extra = meta.extra
-        default = fields[name].default
-        settings[name] = Setting(
-            name=name,
-            flag=extra.get("flag", "--" + name.replace("_", "-")),
-            variable=ENV_PREFIX + name.upper(),
-            type=kind,
-            description=meta.description,
-            allowed=extra["allowed"],
-            metavar=extra["metavar"],
-            default=extra.get("default") or _in_toml_words(default),
-            secret=extra.get("secret", False),
-            is_bytes=extra.get("bytes", False),
-        )
-    return settings
-
-
-def _in_toml_words(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    fields = msgspec.structs.fields(Config)
+    return {field.name: _setting(field.name, hints[field.name], field.default) for field in fields}
 
 
 SETTINGS: dict[str, Setting] = _settings()
+_VARIABLES = {setting.variable: setting for setting in SETTINGS.values()}
 
 
 class Origin(msgspec.Struct, frozen=True):
@@ -293,13 +266,7 @@ class Effective(msgspec.Struct, frozen=True):
 def shown(config: Config, name: str) -> str:
     """A setting's value for people, with secrets hidden."""
     value = getattr(config, name)
-    if value is None:
-        return "none"
-    if SETTINGS[name].secret:
-        return HIDDEN
-    if isinstance(value, tuple):
-        return ", ".join(value) or "none"
-    return _in_toml_words(value)
+    return HIDDEN if SETTINGS[name].secret and value is not None else _plain(value)
 
 
 def load(
@@ -322,10 +289,10 @@ def load(
     for key, raw in _read_file(path, must_exist=must_exist).items():
         setting = _known(key, f"The file {path} has the unknown key {key!r}.", SETTINGS)
         origin[key] = Origin("file", str(path))
-        values[key] = _checked(setting, raw, f"{key} in {path}", base=path.parent)
+        values[key] = _checked(setting, raw, f"{key} in {path}", folder=path.parent)
 
     for variable, text in _own_variables(environ).items():
-        setting = _variables()[variable]
+        setting = _VARIABLES[variable]
         origin[setting.name] = Origin("environment", variable)
         values[setting.name] = _checked(setting, _from_text(setting, text), f"the variable {variable}")
 
@@ -344,14 +311,8 @@ def override(config: Config, values: Mapping[str, object]) -> Config:
     checked = {}
     for name, raw in values.items():
         setting = _known(name, f"There is no setting {name!r}.", SETTINGS)
-        checked[name] = None if raw is None else _checked(setting, raw, f"the argument {name}")
-        if raw is None and type(None) not in get_args(get_args(setting.type)[0]):
-            raise _bad(setting, "none", f"the argument {name}")
+        checked[name] = _checked(setting, raw, f"the argument {name}")
     return msgspec.structs.replace(config, **checked)
-
-
-def _variables() -> dict[str, Setting]:
-    return {setting.variable: setting for setting in SETTINGS.values()}
 
 
 def _own_variables(environ: Mapping[str, str]) -> dict[str, str]:
@@ -362,7 +323,7 @@ def _own_variables(environ: Mapping[str, str]) -> dict[str, str]:
             continue
         if variable == FILE_VARIABLE:
             continue
-        _known(variable, f"The environment has the unknown variable {variable}.", _variables())
+        _known(variable, f"The environment has the unknown variable {variable}.", _VARIABLES)
         if text.strip():
             found[variable] = text.strip()
     return found
@@ -416,33 +377,30 @@ def _read_file(path: Path, *, must_exist: bool) -> dict[str, Any]:
 
 def _from_text(setting: Setting, text: str) -> object:
     """A variable's text as the type of its setting; what does not parse stays text and is refused later."""
-    kind = setting.plain_type
-    if kind is bool:
-        return {"1": True, "true": True, "yes": True, "on": True}.get(text.lower()) or (
-            False if text.lower() in {"0", "false", "no", "off"} else text
-        )
-    if get_origin(kind) is tuple:
+    if setting.base is bool:
+        return _BOOLEANS.get(text.lower(), text)
+    if setting.base is tuple:
         return [part.strip() for part in text.split(",")]
-    if kind in (int, float) and not setting.is_bytes:
+    if setting.base in (int, float) and not setting.is_bytes:
         try:
-            return kind(text)
+            return setting.base(text)
         except ValueError:
             return text
     return text
 
 
-def _checked(setting: Setting, raw: object, place: str, *, base: Path | None = None) -> Any:
-    """The value in its own type, within its limits. base: what a relative path is relative to."""
-    kind = setting.plain_type
+def _checked(setting: Setting, raw: object, place: str, *, folder: Path | None = None) -> Any:
+    """The value in its own type, within its limits. folder: what a relative path starts from."""
+    if raw is None and setting.optional:
+        return None
+    if setting.base is Path:
+        return _path(setting, raw, place, folder or Path.cwd())
     value = raw
-    if kind is Path and isinstance(raw, (str, Path)):
-        return _path(setting, raw, place, base)
-    if setting.is_bytes and isinstance(raw, str):
-        value = _byte_count(raw)
-    elif get_origin(kind) is tuple and isinstance(raw, (list, tuple)):
-        return _names(setting, raw, place)
-    elif get_origin(kind) is Literal and isinstance(raw, str):
-        value = raw.lower()
+    if isinstance(raw, str):
+        if setting.is_bytes:
+            value = _byte_count(raw)
+        elif setting.base is Literal:
+            value = raw.lower()
     try:
         checked = msgspec.convert(value, setting.type)
     except (msgspec.ValidationError, OverflowError) as error:
@@ -452,33 +410,23 @@ def _checked(setting: Setting, raw: object, place: str, *, base: Path | None = N
     return checked
 
 
-def _path(setting: Setting, raw: str | Path, place: str, base: Path | None) -> Path:
-    text = str(raw)
-    if not text.strip() or "\0" in text:
-        raise _bad(setting, text, place)
+def _path(setting: Setting, raw: object, place: str, folder: Path) -> Path:
+    if not isinstance(raw, (str, Path)) or not str(raw).strip() or "\0" in str(raw):
+        raise _bad(setting, raw, place)
     try:
-        path = Path(text).expanduser()
-    except RuntimeError as error:  # ~nobody-of-that-name
-        raise _bad(setting, text, place) from error
-    return (base or Path.cwd()) / path
-
-
-def _names(setting: Setting, raw: list[object] | tuple[object, ...], place: str) -> tuple[str, ...]:
-    for item in raw:
-        if not isinstance(item, str) or not re.fullmatch(r"[\x21-\x7e]{1,1024}", item):
-            raise _bad(setting, item, place)
-    return tuple(str(item) for item in raw)
-
-
-_BYTE_UNITS = {"": 1, "B": 1, "KB": 10**3, "KIB": 1 << 10, "MB": 10**6, "MIB": 1 << 20, "GB": 10**9, "GIB": 1 << 30}
+        return folder / Path(raw).expanduser()
+    except RuntimeError as error:  # a home folder of a user who does not exist
+        raise _bad(setting, raw, place) from error
 
 
 def _byte_count(text: str) -> int | None:
     """Bytes meant by '8 MiB', '512kb' or '1024'; None for anything else."""
-    match = re.fullmatch(r"([0-9]{1,15})\s*([A-Za-z]{0,3})", text.strip())
-    if match is None or match[2].upper() not in _BYTE_UNITS:
+    match = re.fullmatch(r"([0-9]{1,15})\s*([KMG]?)(I?)(B?)", text.strip().upper())
+    if match is None or (match[2] and not match[4]) or (match[3] and not match[2]):
         return None
-    return int(match[1]) * _BYTE_UNITS[match[2].upper()]
+    step = 1024 if match[3] else 1000
+    power = " KMG".index(match[2] or " ")
+    return int(int(match[1]) * step**power)
 
 
 def _bad(setting: Setting, raw: object, place: str) -> ConfigError:
@@ -491,5 +439,12 @@ def _bad(setting: Setting, raw: object, place: str) -> ConfigError:
 
 
 def _quoted(raw: object) -> str:
-    text = repr(str(raw)) if isinstance(raw, (str, Path)) else _in_toml_words(raw)
+    text = repr(str(raw)) if isinstance(raw, (str, Path)) else _short(raw)
     return text if len(text) <= 80 else text[:77] + "…"
+
+
+def _short(raw: object) -> str:
+    try:
+        return _plain(raw)
+    except ValueError:  # Python refuses to print an integer of thousands of digits
+        return "a very large number"

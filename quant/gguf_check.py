@@ -239,7 +239,9 @@ class _Reader:
         if min(shape) < 1 or elements >= 1 << 62:
             raise self._wrong(f"tensor {name} has the impossible shape {list(shape)}")
         if shape[0] % block:
-            raise self._wrong(f"rows of {name} have {shape[0]} elements, no multiple of {type_name}'s {block}")
+            raise self._wrong(
+                f"rows of {name} have {shape[0]} elements, no multiple of {type_name}'s {block}"
+            )
         if offset % alignment or offset > self._size:
             raise self._wrong(f"tensor {name} has the offset {offset}")
         return _Tensor(name, shape, offset, elements // block * block_bytes)
@@ -248,7 +250,11 @@ class _Reader:
 
     def _check_model(self, metadata: dict[str, Any], tensors: dict[str, _Tensor]) -> None:
         architecture = metadata.get("general.architecture")
-        if not isinstance(architecture, str) or not architecture.isprintable() or not 0 < len(architecture) < 64:
+        if (
+            not isinstance(architecture, str)
+            or not architecture.isprintable()
+            or not 0 < len(architecture) < 64
+        ):
             raise self._wrong("general.architecture is missing or not a name")
         layers = self._positive(metadata, f"{architecture}.block_count", MAX_LAYERS)
         width = self._positive(metadata, f"{architecture}.embedding_length", 1 << 20)
@@ -281,7 +287,9 @@ class _Reader:
         if embedding is None:
             raise self._wrong("there is no tensor token_embd.weight")
         if len(embedding.shape) != 2 or embedding.shape[0] != width:
-            raise self._wrong(f"token_embd.weight has the shape {list(embedding.shape)}, not [{width}, tokens]")
+            raise self._wrong(
+                f"token_embd.weight has the shape {list(embedding.shape)}, not [{width}, tokens]"
+            )
         tokens = metadata.get("tokenizer.ggml.tokens")
         if not isinstance(tokens, GGUFArray) or tokens.item_type != _STRING or not tokens.length:
             raise self._wrong("tokenizer.ggml.tokens is not a list of tokens")
@@ -296,10 +304,13 @@ class _Reader:
         merges = metadata.get("tokenizer.ggml.merges")
         if merges is not None and not (isinstance(merges, GGUFArray) and merges.item_type == _STRING):
             raise self._wrong("tokenizer.ggml.merges is not a list of texts")
+        self._check_token_ids(metadata, tokens.length)
+
+    def _check_token_ids(self, metadata: dict[str, Any], tokens: int) -> None:
         for key, value in metadata.items():
             if key.startswith("tokenizer.ggml.") and key.endswith("_token_id"):
-                if self._types[key] not in _INTEGERS or not 0 <= value < tokens.length:
-                    raise self._wrong(f"{key} is {value!r}, but there are {tokens.length} tokens")
+                if self._types[key] not in _INTEGERS or not 0 <= value < tokens:
+                    raise self._wrong(f"{key} is {value!r}, but there are {tokens} tokens")
             elif key in _TEXTS and self._types[key] != _STRING:
                 raise self._wrong(f"{key} is not a text")
 

@@ -22,8 +22,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
-
-from lichen.errors import ContextOverflow, EngineError, LichenError, QueueFull, Unavailable
 from lichen.runtime.generation import post
 from lichen.runtime.native import DECODE_NO_KV_SLOT, DECODE_OK, Context, Model, Sampler, SamplerOptions
 from lichen.runtime.scheduler import Budget, Chunk, Scheduler
@@ -38,6 +36,8 @@ from lichen.runtime.sequence import (
 )
 from lichen.runtime.slots import SlotPool
 from lichen.runtime.text import TextStream
+
+from lichen.errors import ContextOverflow, EngineError, LichenError, QueueFull, Unavailable
 
 log = logging.getLogger("lichen.engine")
 
@@ -80,7 +80,7 @@ class Engine:
         self.model = model
         self.context = context
         self.queue_limit = queue_limit
-        self.state: State = "running"
+        self.state: State = "running"  # written under `_admission`
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._waiting: deque[Sequence] = deque()
         self._running: dict[Sequence, _Live] = {}
@@ -113,7 +113,7 @@ class Engine:
             if self._admitted >= self.queue_limit + self.context.slots:
                 self._counters.rejected += 1
                 raise QueueFull(
-                    f"{self.queue_limit} requests are waiting already, the most that lichen was told to queue.",
+                    f"{self.queue_limit} requests wait already, the most that lichen was told to queue.",
                     retry_after=self._retry_after(),
                 )
             self._admitted += 1
@@ -166,15 +166,15 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            while self.state != "closed":
+            while not self._closed():
                 self._read_inbox()
                 self._admit()
-                if self._running and self.state != "closed":
+                if self._running and not self._closed():
                     self._step()
         except BaseException as error:  # a defect of ours: nobody may wait for ever because of it
             log.exception("The engine stopped on an internal error.")
             self._die(EngineError(f"The engine stopped on an internal error ({type(error).__name__})."))
-            while self.state != "closed":
+            while not self._closed():
                 self._read_inbox()
                 self._fail_all(self._failure)
         finally:
@@ -182,9 +182,12 @@ class Engine:
             self._fail_all(Unavailable("lichen was closed."))
             self.context.close()
 
+    def _closed(self) -> bool:
+        return self.state == "closed"
+
     def _read_inbox(self, *, block: bool = True) -> None:
         """Carry out commands; sleep for one when there is nothing to compute."""
-        wait = block and not self._running and not self._waiting and self.state != "closed"
+        wait = block and not self._running and not self._waiting and not self._closed()
         while True:
             try:
                 command = self._inbox.get(block=wait)
@@ -266,7 +269,9 @@ class Engine:
             return True
         log.error("llama_decode returned %d for %d tokens of %d sequences.", code, len(tokens), len(chunks))
         reason = "found no room in the KV cache" if code == DECODE_NO_KV_SLOT else f"failed with code {code}"
-        error = EngineError(f"The engine could not compute this answer: decoding {reason}.", hint="Try again.")
+        error = EngineError(
+            f"The engine could not compute this answer: decoding {reason}.", hint="Try again."
+        )
         for sequence in [chunk.sequence for chunk in chunks]:
             self._end(sequence, Failed(error), keep=0)
         self._recover()

@@ -16,7 +16,7 @@ import logging
 import sys
 import threading
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,9 @@ def _import_bindings() -> Any:
         return importlib.import_module("llama_cpp.llama_cpp")
     spec = importlib.util.find_spec(name)
     if spec is None or spec.submodule_search_locations is None:
-        raise EngineError("The llama-cpp-python package is not installed.", hint="Run: pip install llama-cpp-python")
+        raise EngineError(
+            "The llama-cpp-python package is not installed.", hint="Run: pip install llama-cpp-python"
+        )
     bare = types.ModuleType(name)
     bare.__path__ = list(spec.submodule_search_locations)
     sys.modules[name] = bare
@@ -153,7 +155,10 @@ class Model:
         return self.metadata("tokenizer.chat_template")
 
     def tokenize(self, text: str, *, special: bool, add_bos: bool) -> list[int]:
-        """Token ids of `text`. `special`: parse control tokens written in it. `add_bos`: as the model wants."""
+        """Token ids of `text`.
+
+        special: parse control tokens that are written in it. add_bos: add what the model wants at its start.
+        """
         data = text.encode("utf-8", "surrogatepass")
         size = len(data) + 8
         buffer = (ctypes.c_int32 * size)()
@@ -259,19 +264,21 @@ class Context:
             self._lib.llama_free(self._pointer)
             self._pointer = None
 
-    def decode(
-        self, tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int], outputs: Sequence[int]
-    ) -> int:
+    def decode(self, tokens: list[int], positions: list[int], slots: list[int], outputs: list[int]) -> int:
         """Run one batch; four parallel lists of at most `batch` entries.
 
         `outputs[i]` is 1 where logits are wanted. Returns llama_decode's code: 0 done, 1 no room in the KV
         cache (nothing changed), below 0 a failure.
         """
         count = len(tokens)
-        self._tokens[:count] = tokens  # type: ignore[assignment]
-        self._positions[:count] = positions  # type: ignore[assignment]
-        self._slot_ids[:count] = slots  # type: ignore[assignment]
-        self._outputs[:count] = outputs  # type: ignore[assignment]
+        columns: list[tuple[Any, list[int]]] = [
+            (self._tokens, tokens),
+            (self._positions, positions),
+            (self._slot_ids, slots),
+            (self._outputs, outputs),
+        ]
+        for column, values in columns:
+            column[:count] = values
         self._batch.n_tokens = count
         return int(self._lib.llama_decode(self._pointer, self._batch))
 

@@ -13,13 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
-
-from lichen.errors import RequestError
 from lichen.runtime.chat import ChatTemplate, Message
 from lichen.runtime.engine import Engine
 from lichen.runtime.generation import Generation, Mailbox
 from lichen.runtime.native import Context, ContextSize, Model
-from lichen.runtime.sequence import SamplingOptions, Sequence as LiveSequence
+from lichen.runtime.sequence import SamplingOptions
+from lichen.runtime.sequence import Sequence as LiveSequence
+
+from lichen.errors import RequestError
 
 INLINE_CHARACTERS = 2048  # shorter texts are tokenized on the loop: under a millisecond
 
@@ -140,7 +141,8 @@ class ServedModel:
         for token in tokens:
             if not 0 <= token < self._model.vocab_size:
                 raise RequestError(
-                    f"Token {token} is not in this model's vocabulary of {self._model.vocab_size}.", param="prompt"
+                    f"Token {token} is not in this model's vocabulary of {self._model.vocab_size}.",
+                    param="prompt",
                 )
         return tokens
 

@@ -29,7 +29,9 @@ def main() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    daemon = subprocess.Popen([*LICHEN, "serve", "--model", MODEL, "--port", str(port)], stdout=subprocess.DEVNULL)
+    daemon = subprocess.Popen(
+        [*LICHEN, "serve", "--model", MODEL, "--port", str(port)], stdout=subprocess.DEVNULL
+    )
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120, trust_env=False) as client:
             wait_ready(client, daemon)
@@ -67,7 +69,8 @@ def answer(client: httpx.Client) -> None:
         "stream_options": {"include_usage": True},
     }
     print(f"\n{MODEL} > {QUESTION}\n")
-    usage, timings = {}, {}
+    usage: dict[str, int] = {}
+    timings: dict[str, float] = {}
     with client.stream("POST", "/v1/chat/completions", json=body) as stream:
         stream.raise_for_status()
         for line in stream.iter_lines():

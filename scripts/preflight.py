@@ -33,7 +33,7 @@ def package(what):
         "compiler": {"apt-get": "build-essential", "dnf": "gcc-c++", "pacman": "base-devel", "brew": "gcc"},
     }[what]
     default = {"python": "python@3.11", "venv": "python3-venv", "compiler": "gcc and g++"}[what]
-    return "{} {}".format(command, names.get(name, default))
+    return f"{command} {names.get(name, default)}"
 
 
 def missing(prebuilt):
@@ -49,10 +49,12 @@ def missing(prebuilt):
         return "Python's venv module is missing: {}".format(package("venv"))
     compilers = (("cc", "gcc", "clang"), ("c++", "g++", "clang++"))
     if not prebuilt and not all(any(shutil.which(name) for name in names) for names in compilers):
-        return "A C and C++ compiler is needed to build llama.cpp: {} ({})".format(package("compiler"), PREBUILT)
+        return "A C and C++ compiler is needed to build llama.cpp: {} ({})".format(
+            package("compiler"), PREBUILT
+        )
     free = shutil.disk_usage(os.getcwd()).free
     if free < NEEDED_BYTES:
-        return "About 1.5 GB of disk space are needed here, but {:.1f} GB are free.".format(free / 1e9)
+        return f"About 1.5 GB of disk space are needed here, but {free / 1e9:.1f} GB are free."
     return None
 
 

@@ -17,7 +17,9 @@ ALLOWED: dict[str, str] = {
 
 def main() -> int:
     """Print what is too long; the number of places is the exit code."""
-    tracked = subprocess.run(["git", "ls-files", "*.py"], capture_output=True, text=True, check=True).stdout.split()
+    tracked = subprocess.run(
+        ["git", "ls-files", "*.py"], capture_output=True, text=True, check=True
+    ).stdout.split()
     faults = []
     for name in tracked:
         text = Path(name).read_text(encoding="utf-8")
@@ -28,7 +30,9 @@ def main() -> int:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 length = (node.end_lineno or node.lineno) - node.lineno + 1
                 if length > MAX_FUNCTION:
-                    faults.append(f"{name}:{node.lineno} {node.name}: {length} lines, the limit is {MAX_FUNCTION}")
+                    faults.append(
+                        f"{name}:{node.lineno} {node.name}: {length} lines, the limit is {MAX_FUNCTION}"
+                    )
     print("\n".join(faults) or "size limits: fine")
     return len(faults)
 

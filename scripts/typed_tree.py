@@ -1,4 +1,4 @@
-"""Make .build/tree/lichen, the package as it is installed, from links: what mypy and import-linter read.
+"""Make .build/tree/lichen, the package as it is installed, by copying: what mypy and import-linter read.
 
 The folders of the repository are mapped to `lichen.*` at install time, which these tools cannot see.
 """
@@ -14,15 +14,13 @@ SUBPACKAGES = ("devices", "quant", "runtime", "sync")
 
 
 def main() -> None:
-    """Write the links afresh."""
-    shutil.rmtree(TREE, ignore_errors=True)
+    """Copy the package afresh, keeping the tools' caches beside it."""
     package = TREE / "lichen"
-    package.mkdir(parents=True)
-    for path in (ROOT / "lichen").iterdir():
-        if path.name != "__pycache__":
-            (package / path.name).symlink_to(path)
+    shutil.rmtree(package, ignore_errors=True)
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "lichen", package, ignore=ignored)
     for name in SUBPACKAGES:
-        (package / name).symlink_to(ROOT / name)
+        shutil.copytree(ROOT / name, package / name, ignore=ignored)
 
 
 if __name__ == "__main__":

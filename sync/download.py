@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from lichen.sync.sources import Origin
 
 from lichen.errors import DiskFull, HashMismatch, SourceError, StoreError
-from lichen.sync.sources import Origin
 
 if TYPE_CHECKING:
     import httpx
@@ -129,7 +129,9 @@ class _open:
             url = url.join(self._answer.headers["Location"])
             await self._answer.aclose()
             if url.scheme not in ("http", "https") or (first.scheme, url.scheme) == ("https", "http"):
-                raise SourceError(f"{self._origin.url} redirects to {url.scheme}: {url.host}, which is refused.")
+                raise SourceError(
+                    f"{self._origin.url} redirects to {url.scheme}: {url.host}, which is refused."
+                )
         raise SourceError(f"{self._origin.url} redirects too often.")
 
     async def __aexit__(self, *_: object) -> None:
@@ -147,7 +149,9 @@ async def _append(answer: Any, partial: Path, have: int, total: int | None, repo
         async for data in answer.aiter_raw(CHUNK):
             have += len(data)
             if have > limit:
-                raise SourceError(f"{answer.url.host} sends more than the {limit} bytes that there should be.")
+                raise SourceError(
+                    f"{answer.url.host} sends more than the {limit} bytes that there should be."
+                )
             await asyncio.to_thread(_write, file, data)
             unsynced += len(data)
             if unsynced >= SYNC_EVERY:

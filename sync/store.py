@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
-
-from lichen.errors import HashMismatch, ModelFileError, NotFound, OfflineError, SourceError, StoreError
 from lichen.quant.gguf_check import GGUFSummary, check_gguf
 from lichen.sync.catalog import CATALOG
 from lichen.sync.sources import Origin, is_local, locate
+
+from lichen.errors import HashMismatch, ModelFileError, NotFound, OfflineError, SourceError, StoreError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -131,7 +131,8 @@ class Store:
                 return found
             if self.offline and not is_local(source):
                 raise OfflineError(
-                    f"Offline mode is on and {reference} is not in the store.", hint="Pull it without --offline."
+                    f"Offline mode is on and {reference} is not in the store.",
+                    hint="Pull it without --offline.",
                 )
             report(PullProgress("resolving", 0, None))
             origin = await locate(source)
@@ -157,7 +158,9 @@ class Store:
         if origin.path is not None:
             await asyncio.to_thread(_copy, origin.path, staged, report)
         else:
-            await download.download(origin, partial, lambda done, of: report(PullProgress("downloading", done, of)))
+            await download.download(
+                origin, partial, lambda done, of: report(PullProgress("downloading", done, of))
+            )
             if origin.member is None:
                 partial.replace(staged)
             else:
@@ -256,7 +259,9 @@ class Store:
         try:
             manifest = msgspec.json.decode(path.read_bytes(), type=ModelManifest)
         except (OSError, msgspec.DecodeError) as error:
-            raise StoreError(f"The manifest {path} cannot be read: {error}.", hint="Delete it and pull again.") from error
+            raise StoreError(
+                f"The manifest {path} cannot be read: {error}.", hint="Delete it and pull again."
+            ) from error
         if not _SHA256.fullmatch(manifest.sha256) or manifest.name != path.stem:
             raise StoreError(f"The manifest {path} is damaged.", hint="Delete it and pull again.")
         return manifest
@@ -283,7 +288,8 @@ class Store:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StoreError(
-                f"The store {self.root} cannot be written: {error.strerror}.", hint="Set LICHEN_HOME to another folder."
+                f"The store {self.root} cannot be written: {error.strerror}.",
+                hint="Set LICHEN_HOME to another folder.",
             ) from error
         lock = FileLock(folder / f"{_key(source)}.lock", thread_local=False)
         while True:
@@ -360,7 +366,10 @@ def _member(bundle: zipfile.ZipFile, member: str) -> zipfile.ZipInfo:
     wanted = [info for info in models if member in ("", info.filename, info.filename.rpartition("/")[2])]
     if len(wanted) != 1:
         there = ", ".join(info.filename for info in models[:8]) or "none"
-        raise SourceError(f"The archive has {len(wanted)} files that fit {member or 'a GGUF'}.", hint=f"GGUF files: {there}.")
+        raise SourceError(
+            f"The archive has {len(wanted)} files that fit {member or 'a GGUF'}.",
+            hint=f"GGUF files: {there}.",
+        )
     return wanted[0]
 
 

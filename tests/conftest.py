@@ -14,7 +14,6 @@ from pathlib import Path
 
 import httpx
 import pytest
-
 from lichen.runtime.served_model import ModelOptions, ServedModel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,9 +110,10 @@ def start_daemon(model_path: Path, lichen_home: Path) -> Iterator[StartDaemon]:
 
     yield start
     for process in running:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
+        process.kill()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
 
 
 def wait_ready(daemon: RunningDaemon, seconds: float = 30) -> None:

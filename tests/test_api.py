@@ -88,7 +88,8 @@ async def test_other_threads_with_their_own_loops_may_ask(runtime: Runtime) -> N
     threads = [threading.Thread(target=ask) for _ in range(4)]
     for thread in threads:
         thread.start()
-    await asyncio.to_thread(lambda: [thread.join(30) for thread in threads])
+    for thread in threads:
+        await asyncio.to_thread(thread.join, 30)
     assert texts == [" 4, "] * 4
 
 
@@ -96,7 +97,9 @@ async def test_other_threads_with_their_own_loops_may_ask(runtime: Runtime) -> N
     ("options", "field"),
     [({"temprature": 1}, "temprature"), ({"temperature": "hot"}, None), ({"max_tokens": 0}, "max_tokens")],
 )
-async def test_wrong_options_are_named(runtime: Runtime, options: dict[str, object], field: str | None) -> None:
+async def test_wrong_options_are_named(
+    runtime: Runtime, options: dict[str, object], field: str | None
+) -> None:
     with pytest.raises(RequestError) as caught:
         await runtime.complete("x", **options)
     assert caught.value.param == field

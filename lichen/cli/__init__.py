@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -35,8 +35,12 @@ def _version(wanted: bool) -> None:
 def root(
     context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
-    offline: Annotated[bool, typer.Option("--offline", help="Never use the network to fetch anything.")] = False,
-    home: Annotated[Optional[str], typer.Option("--home", metavar="PATH", help="Folder for models and state.")] = None,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Never use the network to fetch anything.")
+    ] = False,
+    home: Annotated[
+        str | None, typer.Option("--home", metavar="PATH", help="Folder for models and state.")
+    ] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
@@ -59,7 +63,7 @@ def main() -> None:
         code = 130
     except BrokenPipeError:
         code = 0
-        sys.stdout = None  # type: ignore[assignment] # the reader has left; nothing more can be flushed to it
+        sys.stdout = None  # the reader has left; nothing more can be flushed to it
     except Exception as error:
         usage: Any = error  # click's own errors, such as a missing argument, know how to show themselves
         if hasattr(error, "exit_code") and hasattr(error, "show"):

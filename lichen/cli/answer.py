@@ -7,7 +7,7 @@ import json
 import signal
 import sys
 from contextlib import aclosing, suppress
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -25,11 +25,11 @@ HELP = """/help           this text
 /exit           leave (also Ctrl-D)
 End a line with \\ to go on in the next, or put text between lines of \"\"\"."""
 
-Model = Annotated[Optional[str], typer.Argument(help="Model to talk to.", autocompletion=complete_model)]
-MaxTokens = Annotated[Optional[int], typer.Option(help="At most this many tokens an answer.")]
-Temperature = Annotated[Optional[float], typer.Option(help="0 takes the likeliest token each time.")]
-Seed = Annotated[Optional[int], typer.Option(help="Repeat the same draws.")]
-System = Annotated[Optional[str], typer.Option(help="System message.")]
+Model = Annotated[str | None, typer.Argument(help="Model to talk to.", autocompletion=complete_model)]
+MaxTokens = Annotated[int | None, typer.Option(help="At most this many tokens an answer.")]
+Temperature = Annotated[float | None, typer.Option(help="0 takes the likeliest token each time.")]
+Seed = Annotated[int | None, typer.Option(help="Repeat the same draws.")]
+System = Annotated[str | None, typer.Option(help="System message.")]
 NoDaemon = Annotated[bool, typer.Option("--no-daemon", help="Use the engine in this process.")]
 
 
@@ -57,15 +57,17 @@ def chat(
 def run(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="Model to ask.", autocompletion=complete_model)],
-    prompt: Annotated[Optional[str], typer.Argument(help="What to ask; standard input is added to it.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="What to ask; standard input is added to it.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with the numbers.")] = False,
     system: System = None,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
-    top_p: Annotated[Optional[float], typer.Option(help="Keep the likeliest tokens up to this probability.")] = None,
-    top_k: Annotated[Optional[int], typer.Option(help="Keep this many of the likeliest tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Keep the likeliest tokens up to this probability.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep this many of the likeliest tokens.")] = None,
     seed: Seed = None,
-    stop: Annotated[Optional[str], typer.Option(help="End the answer before this text.")] = None,
+    stop: Annotated[str | None, typer.Option(help="End the answer before this text.")] = None,
     no_daemon: NoDaemon = False,
 ) -> None:
     """Ask one question and print the answer."""
@@ -88,7 +90,12 @@ def _messages(system: str | None) -> list[dict[str, str]]:
 
 
 async def _run(
-    config: Config, question: str, system: str | None, options: dict[str, Any], as_json: bool, use_daemon: bool
+    config: Config,
+    question: str,
+    system: str | None,
+    options: dict[str, Any],
+    as_json: bool,
+    use_daemon: bool,
 ) -> None:
     from lichen.cli.answering import answering
 

@@ -127,7 +127,11 @@ async def daemon_client(config: Config) -> AsyncIterator[httpx.AsyncClient]:
     transport = httpx.AsyncHTTPTransport(uds=str(config.uds)) if config.uds else None
     base = "http://localhost" if config.uds else f"http://{_address(config)}"
     async with httpx.AsyncClient(
-        base_url=base, headers=headers, transport=transport, timeout=httpx.Timeout(None, connect=2), trust_env=False
+        base_url=base,
+        headers=headers,
+        transport=transport,
+        timeout=httpx.Timeout(None, connect=2),
+        trust_env=False,
     ) as client:
         yield client
 

@@ -36,7 +36,9 @@ def ps(context: typer.Context, as_json: AsJson = False) -> None:
     slots, queue, kv = (status.get(key, {}) for key in ("slots", "queue", "kv"))
     counters = status.get("counters", {})
     rows: list[tuple[str, Any]] = [("state", status["state"]), ("process", status["pid"])]
-    rows += [("model", f"{m['name']}, context {m['context']}, {megabytes(m['size'])}") for m in status["models"]]
+    rows += [
+        ("model", f"{m['name']}, context {m['context']}, {megabytes(m['size'])}") for m in status["models"]
+    ]
     rows += [
         ("slots busy", f"{slots.get('busy', 0)} of {slots.get('total', 0)}"),
         ("waiting", f"{queue.get('waiting', 0)} of {queue.get('limit', 0)}"),
@@ -59,7 +61,9 @@ async def _status(config: Config) -> dict[str, Any]:
             body: dict[str, Any] = answer.json()
         except (httpx.HTTPError, ValueError) as error:
             where = config.uds or f"{config.host}:{config.port}"
-            raise Unavailable(f"No lichen daemon answers at {where}.", hint="Start one: lichen serve") from error
+            raise Unavailable(
+                f"No lichen daemon answers at {where}.", hint="Start one: lichen serve"
+            ) from error
     if answer.status_code != 200:
         raise LichenError(body["error"]["message"])
     return body
@@ -73,7 +77,9 @@ def show_config(context: typer.Context, as_json: AsJson = False) -> None:
     effective = given.effective()
     rows = [(name, shown(effective.config, name), str(effective.origin[name])) for name in SETTINGS]
     if as_json:
-        typer.echo(json.dumps({name: {"value": value, "from": origin} for name, value, origin in rows}, indent=2))
+        typer.echo(
+            json.dumps({name: {"value": value, "from": origin} for name, value, origin in rows}, indent=2)
+        )
     else:
         table("", ("SETTING", "VALUE", "FROM"), rows)
 
@@ -106,7 +112,7 @@ def _findings(config: Config) -> Iterator[Finding]:
     yield Finding(
         "compiler",
         "warning" if missing else "fine",
-        f"no {' and no '.join(missing)} compiler; only needed to build llama.cpp (apt install build-essential)"
+        f"no {' and no '.join(missing)} compiler; needed to build llama.cpp (apt install build-essential)"
         if missing
         else "C and C++ found",
     )
@@ -115,7 +121,8 @@ def _findings(config: Config) -> Iterator[Finding]:
     yield Finding(
         "processor",
         "warning" if slow else "fine",
-        f"{machine.cpu}, {machine.isa}{features}, {machine.cores:g} cores" + (": no AVX2, so slow" if slow else ""),
+        f"{machine.cpu}, {machine.isa}{features}, {machine.cores:g} cores"
+        + (": no AVX2, so slow" if slow else ""),
     )
     scarce = machine.memory_available < 1 << 30
     yield Finding(
@@ -128,7 +135,8 @@ def _findings(config: Config) -> Iterator[Finding]:
     yield Finding(
         "disk",
         "problem" if free < 200 << 20 else "warning" if free < 2 << 30 else "fine",
-        f"{megabytes(free)} free at {config.home}" + ("" if free >= 2 << 30 else ": free some, or set LICHEN_HOME"),
+        f"{megabytes(free)} free at {config.home}"
+        + ("" if free >= 2 << 30 else ": free some, or set LICHEN_HOME"),
     )
     yield from _store_findings(config)
     yield _bindings()

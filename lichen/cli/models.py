@@ -6,7 +6,7 @@ import asyncio
 import json
 import sys
 from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Any, Optional, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
@@ -32,11 +32,13 @@ def _store(context: typer.Context) -> Store:
 def pull(
     context: typer.Context,
     model: Annotated[
-        Optional[str],
-        typer.Argument(help="Catalog name or source (pypi:, hf:, https:, file:).", autocompletion=complete_model),
+        str | None,
+        typer.Argument(
+            help="Catalog name or source (pypi:, hf:, https:, file:).", autocompletion=complete_model
+        ),
     ] = None,
-    name: Annotated[Optional[str], typer.Option(help="Name to keep it under.")] = None,
-    sha256: Annotated[Optional[str], typer.Option(help="Hash that the file must have.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name to keep it under.")] = None,
+    sha256: Annotated[str | None, typer.Option(help="Hash that the file must have.")] = None,
 ) -> None:
     """Fetch a model into the store, unless it is there."""
     store = _store(context)
@@ -60,7 +62,8 @@ def models(
         typer.echo("The store is empty. Fetch the default model: lichen pull")
     else:
         rows = [
-            (m.name, megabytes(m.size), m.architecture, m.context_train, m.sha256[:12], m.source) for m in manifests
+            (m.name, megabytes(m.size), m.architecture, m.context_train, m.sha256[:12], m.source)
+            for m in manifests
         ]
         table("", ("NAME", "SIZE", "ARCHITECTURE", "TRAINED CONTEXT", "SHA256", "SOURCE"), rows)
 

@@ -8,7 +8,7 @@ import sys
 from concurrent.futures import Future
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING, Annotated, Any, List, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -32,21 +32,24 @@ def serve(
     model: Annotated[Text, typer.Option(help="Model to serve.", autocompletion=complete_model)] = None,
     host: Annotated[Text, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[Number, typer.Option(help="TCP port; 0 takes a free one.")] = None,
-    uds: Annotated[Optional[Path], typer.Option(help="Listen on this Unix socket instead.")] = None,
+    uds: Annotated[Path | None, typer.Option(help="Listen on this Unix socket instead.")] = None,
     api_key: Annotated[Text, typer.Option(help="Key that clients must send.")] = None,
     allow_unauthenticated: Annotated[
-        Optional[bool], typer.Option("--allow-unauthenticated", help="Listen beyond this machine without a key.")
+        bool | None, typer.Option("--allow-unauthenticated", help="Listen beyond this machine without a key.")
     ] = None,
-    allowed_host: Annotated[Optional[List[str]], typer.Option(help="Also answer to this Host name.")] = None,
-    allowed_origin: Annotated[Optional[List[str]], typer.Option(help="Let pages of this origin call.")] = None,
+    allowed_host: Annotated[list[str] | None, typer.Option(help="Also answer to this Host name.")] = None,
+    allowed_origin: Annotated[list[str] | None, typer.Option(help="Let pages of this origin call.")] = None,
     context_tokens: Annotated[
-        Number, typer.Option("--context", help="Tokens of one conversation; 0: what the model was trained for.")
+        Number,
+        typer.Option("--context", help="Tokens of one conversation; 0: what the model was trained for."),
     ] = None,
     slots: Annotated[Number, typer.Option(help="Conversations answered at the same time.")] = None,
     threads: Annotated[Number, typer.Option(help="Threads that compute; 0: the physical cores.")] = None,
     queue: Annotated[Number, typer.Option(help="Requests that may wait for a slot.")] = None,
     max_body: Annotated[Text, typer.Option(help="Largest request body in bytes.")] = None,
-    drain_timeout: Annotated[Optional[float], typer.Option(help="Seconds to finish answers when stopping.")] = None,
+    drain_timeout: Annotated[
+        float | None, typer.Option(help="Seconds to finish answers when stopping.")
+    ] = None,
     log_level: Annotated[Text, typer.Option(help="debug, info, warning, error or critical.")] = None,
 ) -> None:
     """Serve a model over an OpenAI-compatible HTTP API."""
@@ -68,7 +71,9 @@ def serve(
         drain_timeout=drain_timeout,
         log_level=log_level,
     )
-    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
     run_daemon(config)
 
 

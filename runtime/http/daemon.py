@@ -20,13 +20,13 @@ from typing import Any, Literal
 
 import msgspec
 from aiohttp import web
-
-import lichen
-from lichen.errors import ConfigError, LichenError, Unavailable
 from lichen.runtime import native
 from lichen.runtime.http.guard import LOOPBACK, Guard
 from lichen.runtime.http.openai import OpenAIRoutes
 from lichen.runtime.served_model import ServedModel
+
+import lichen
+from lichen.errors import ConfigError, LichenError, Unavailable
 
 log = logging.getLogger("lichen.http")
 
@@ -49,7 +49,7 @@ class DaemonOptions(msgspec.Struct, frozen=True, kw_only=True):
         if self.uds is not None or self.api_key is not None or self.insecure_bind or _is_loopback(self.host):
             return
         raise ConfigError(
-            f"Listening on {self.host} lets every machine of that network use this model, and no API key is set.",
+            f"Listening on {self.host} lets its whole network use this model, and no API key is set.",
             hint="Set one with --api-key (or LICHEN_API_KEY), or say --allow-unauthenticated.",
         )
 
@@ -84,7 +84,11 @@ class Daemon:
         app.on_response_prepare.append(self._guard.allow_reading)
         app.add_routes(OpenAIRoutes(self.current).routes())
         app.add_routes(
-            [web.get("/health", self.health), web.get("/version", self.version), web.get("/status", self.status)]
+            [
+                web.get("/health", self.health),
+                web.get("/version", self.version),
+                web.get("/status", self.status),
+            ]
         )
         return app
 
@@ -198,7 +202,9 @@ async def serve(
                 on_event(f"Ready: {daemon.model.info.name}")
             await first
             drained = asyncio.ensure_future(daemon.drain())
-            await asyncio.wait({drained, asyncio.ensure_future(stop.wait_second())}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                {drained, asyncio.ensure_future(stop.wait_second())}, return_when=asyncio.FIRST_COMPLETED
+            )
     finally:
         with suppress(LichenError):
             model = daemon.model or await loading

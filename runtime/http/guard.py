@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 from aiohttp import web
+from aiohttp.typedefs import Middleware
 
 from lichen.errors import Forbidden, LichenError, NotFound, PayloadTooLarge, RequestError, Unauthorized
 
@@ -83,7 +84,7 @@ class Guard:
             return False
 
     @property
-    def middleware(self) -> Callable[[web.Request, Handler], Awaitable[web.StreamResponse]]:
+    def middleware(self) -> Middleware:
         """The outermost middleware: every answer, also an error, leaves through it."""
 
         @web.middleware
@@ -95,7 +96,9 @@ class Guard:
                 response = error_response(_translated(error, request))
             except Exception as error:
                 log.exception("%s %s failed.", request.method, request.path)
-                response = error_response(LichenError(f"An internal error occurred ({type(error).__name__})."))
+                response = error_response(
+                    LichenError(f"An internal error occurred ({type(error).__name__}).")
+                )
             return response
 
         return guarded

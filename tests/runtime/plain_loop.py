@@ -21,7 +21,9 @@ class Step:
 
 
 @contextmanager
-def plain_loop(path: Path, *, context: int = 2048) -> Iterator[tuple[Model, Callable[[list[int], int], list[Step]]]]:
+def plain_loop(
+    path: Path, *, context: int = 2048
+) -> Iterator[tuple[Model, Callable[[list[int], int], list[Step]]]]:
     """The model, and a function that continues a prompt greedily."""
     model = Model(path)
     native = Context(model, ContextSize(context=context, slots=1, threads=2, batch=CHUNK))
@@ -35,7 +37,7 @@ def plain_loop(path: Path, *, context: int = 2048) -> Iterator[tuple[Model, Call
             part = tokens[done : done + CHUNK]
             outputs = [0] * len(part)
             outputs[-1] = 1
-            code = native.decode(part, range(done, done + len(part)), [0] * len(part), outputs)
+            code = native.decode(part, list(range(done, done + len(part))), [0] * len(part), outputs)
             assert code == DECODE_OK
             done += len(part)
             if done < len(tokens):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 
 import pytest
+from lichen.runtime.chat import ChatTemplate
 
 from lichen.errors import TemplateError
-from lichen.runtime.chat import ChatTemplate
 
 HELLO = [{"role": "user", "content": "Hello <b>&</b>"}]
 
@@ -29,7 +29,9 @@ def test_without_a_template_chatml_is_used() -> None:
 
 
 def test_special_tokens_and_generation_prompt_reach_the_template() -> None:
-    template = ChatTemplate("{{ bos_token }}{% if add_generation_prompt %}A{% endif %}{{ eos_token }}", bos="<s>")
+    template = ChatTemplate(
+        "{{ bos_token }}{% if add_generation_prompt %}A{% endif %}{{ eos_token }}", bos="<s>"
+    )
     assert template.render(HELLO) == "<s>A"
     assert template.render(HELLO, add_generation_prompt=False) == "<s>"
 
@@ -56,7 +58,7 @@ def test_the_templates_own_refusal_reaches_the_caller() -> None:
         "{{ [0] * 99999999 }}",
         "{{ 9 ** 9 ** 9 }}",
         "{{ range(10**9) | list }}",
-        "{% for i in range(99999) %}{% for j in range(99999) %}{{ 'aaaaaaaaaaaaaaaaaaaa' }}{% endfor %}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{{ 'aaaaaaaaaaaa' }}{% endfor %}{% endfor %}",
     ],
 )
 def test_a_hostile_template_is_stopped(source: str) -> None:

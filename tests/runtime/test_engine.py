@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-from lichen.errors import ContextOverflow, EngineError, QueueFull, RequestError, Unavailable
 from lichen.runtime.engine import Engine
 from lichen.runtime.generation import Generation, Mailbox
 from lichen.runtime.native import DECODE_NO_KV_SLOT
 from lichen.runtime.sequence import Piece, Prefill, SamplingOptions, Sequence
+
+from lichen.errors import ContextOverflow, EngineError, QueueFull, RequestError, Unavailable
 from tests.runtime.fake_native import END, CountingContext, CountingModel, CountingSampler
 
 
@@ -333,9 +333,7 @@ async def _text(bench: Bench) -> str:
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    st.lists(
-        st.tuples(st.integers(1, 50), st.integers(1, 12), st.integers(0, 6)), min_size=1, max_size=24
-    )
+    st.lists(st.tuples(st.integers(1, 50), st.integers(1, 12), st.integers(0, 6)), min_size=1, max_size=24)
 )
 def test_whatever_happens_the_engine_ends_empty(requests: list[tuple[int, int, int]]) -> None:
     """Random prompts, lengths and cancellations: every counter returns to zero, every answer is right."""

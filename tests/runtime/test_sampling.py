@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from lichen.runtime.native import DECODE_OK, Context, ContextSize, Model, Sampler, SamplerOptions
 from lichen.runtime.sequence import SamplingOptions
 from lichen.runtime.served_model import ServedModel
@@ -38,7 +37,7 @@ class Prompted:
         self.context = Context(self.model, ContextSize(context=256, slots=1, threads=2, batch=64))
         tokens = self.model.tokenize("The weather today is", special=True, add_bos=True)
         outputs = [*([0] * (len(tokens) - 1)), 1]
-        code = self.context.decode(tokens, range(len(tokens)), [0] * len(tokens), outputs)
+        code = self.context.decode(tokens, list(range(len(tokens))), [0] * len(tokens), outputs)
         assert code == DECODE_OK
         self.index = len(tokens) - 1
         self.logits = self.context.logits(self.index, self.model.vocab_size)
@@ -107,7 +106,9 @@ def test_logit_bias_forces_and_forbids(prompted: Prompted) -> None:
 
 
 def test_penalties_lower_what_was_drawn_before(prompted: Prompted) -> None:
-    greedy = prompted.draw(3, temperature=0.0, presence_penalty=2.0, frequency_penalty=2.0, repeat_penalty=1.5)
+    greedy = prompted.draw(
+        3, temperature=0.0, presence_penalty=2.0, frequency_penalty=2.0, repeat_penalty=1.5
+    )
     assert len(set(greedy)) > 1, "the same logits thrice, but what was drawn before is penalised"
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
-
 from lichen.runtime.text import TextStream
 
 
 def pieces_of(data: bytes, cuts: list[int]) -> list[bytes]:
     edges = sorted({0, len(data), *(cut % (len(data) + 1) for cut in cuts)})
-    return [data[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [data[a:b] for a, b in itertools.pairwise(edges)]
 
 
 @given(st.text(), st.lists(st.integers(min_value=0)))
@@ -27,7 +28,9 @@ def test_any_cut_gives_the_same_text_and_only_whole_characters(text: str, cuts: 
     st.lists(st.text(alphabet="abcé", min_size=1, max_size=4), min_size=1, max_size=3),
     st.lists(st.integers(min_value=0)),
 )
-def test_stop_strings_end_the_text_before_the_first_of_them(text: str, stops: list[str], cuts: list[int]) -> None:
+def test_stop_strings_end_the_text_before_the_first_of_them(
+    text: str, stops: list[str], cuts: list[int]
+) -> None:
     stream = TextStream(stops)
     shown = ""
     for piece in pieces_of(text.encode(), cuts):
