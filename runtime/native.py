@@ -13,6 +13,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import logging
+import os
 import sys
 import threading
 import types
@@ -40,6 +41,10 @@ def _import_bindings() -> Any:
     The package's own `__init__` pulls in numpy, jinja2 and a disk cache (0.1 s) that lichen does not
     use here, so a bare package object stands in for it while the submodule is imported.
     """
+    # llama.cpp's compute threads wait for each other by spinning. With another busy process on the same
+    # cores, libgomp's default (300,000 rounds) made two decoders 60 times slower; after 3,000 rounds a
+    # thread sleeps instead, which costs nothing measurable on a quiet machine. docs/decisions/0003.
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     name = "llama_cpp"
     if name in sys.modules:
         return importlib.import_module("llama_cpp.llama_cpp")

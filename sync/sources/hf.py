@@ -27,14 +27,12 @@ async def locate(rest: str) -> Origin:
 
 
 def _locate(repo: str, file: str, revision: str | None) -> Origin:
-    import httpx
     from huggingface_hub import constants, get_hf_file_metadata, get_token, hf_hub_url
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         url = hf_hub_url(repo, file, revision=revision, endpoint=constants.ENDPOINT)
         metadata = get_hf_file_metadata(url, timeout=30)
-    except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError) as error:
+    except Exception as error:  # the hub's client raises those of whichever HTTP library it uses
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SourceError(
             f"The hub has no readable file {file} in {repo}: {reason}",

@@ -1,0 +1,91 @@
+"""A small HTTP server for tests: ranges, hashes, redirects, and bad behaviour on request."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+class ModelServer:
+    """Serves `files` by path. Counts what it sent; can throttle, cut, lie and change."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.etag = '"one"'
+        self.ranges: list[str] = []
+        self.sent = 0
+        self.requests: list[tuple[str, dict[str, str]]] = []
+        self.cut_after: int | None = None  # bytes of an answer after which the connection ends, once
+        self.pause = 0.0  # seconds between chunks of 64 KiB
+        self.extra = b""  # sent after the announced end
+        self.redirects: dict[str, str] = {}
+        self.answers: dict[str, Callable[[str], tuple[int, dict[str, str], bytes]]] = {}
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.0"
+
+            def do_HEAD(self) -> None:
+                self._answer(body=False)
+
+            def do_GET(self) -> None:
+                self._answer(body=True)
+
+            def _answer(self, *, body: bool) -> None:
+                server.requests.append((self.path, dict(self.headers)))
+                if self.path in server.redirects:
+                    self.send_response(302)
+                    self.send_header("Location", server.redirects[self.path])
+                    self.end_headers()
+                elif self.path in server.answers:
+                    status, headers, data = server.answers[self.path](self.path)
+                    self.send_response(status)
+                    for name, value in headers.items():
+                        self.send_header(name, value)
+                    self.send_header("Content-Length", str(len(data)))
+                    self.end_headers()
+                    self.wfile.write(data if body else b"")
+                elif self.path in server.files:
+                    self._file(server.files[self.path], body=body)
+                else:
+                    self.send_error(404)
+
+            def _file(self, data: bytes, *, body: bool) -> None:
+                start = 0
+                wanted = self.headers.get("Range")
+                if wanted and self.headers.get("If-Range", server.etag) == server.etag:
+                    server.ranges.append(wanted)
+                    start = int(wanted.removeprefix("bytes=").rstrip("-"))
+                self.send_response(206 if start else 200)
+                self.send_header("ETag", server.etag)
+                self.send_header("Content-Length", str(len(data) - start))
+                if start:
+                    self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+                self.end_headers()
+                if body:
+                    self._send(data[start:] + server.extra)
+
+            def _send(self, data: bytes) -> None:
+                cut, server.cut_after = server.cut_after, None
+                data = data if cut is None else data[:cut]
+                for at in range(0, len(data), 1 << 16):
+                    try:
+                        self.wfile.write(data[at : at + (1 << 16)])
+                    except OSError:
+                        return
+                    server.sent += len(data[at : at + (1 << 16)])
+                    time.sleep(server.pause)
+
+            def log_message(self, *_: object) -> None:
+                return None
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        """Stop serving."""
+        self._server.shutdown()
+        self._server.server_close()

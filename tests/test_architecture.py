@@ -1,0 +1,51 @@
+"""docs/architecture.md tells the truth: a real request takes the hops that it draws."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp.test_utils import TestClient, TestServer
+from lichen.runtime.engine import Engine
+from lichen.runtime.http.daemon import Daemon, DaemonOptions
+from lichen.runtime.http.openai import OpenAIRoutes
+from lichen.runtime.native import Context
+from lichen.runtime.served_model import ServedModel
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "architecture.md"
+HOP = re.compile(r"^\d  (\S+\.py)\s+(\w+)\.(\w+)", re.MULTILINE)
+CLASSES: list[type] = [OpenAIRoutes, ServedModel, Engine, Context]
+
+
+async def test_a_request_walks_the_drawn_path(served: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = [(owner, method) for _, owner, method in HOP.findall(PAGE.read_text(encoding="utf-8"))]
+    assert 1 < len(drawn) <= 5
+    walked: list[tuple[str, str]] = []
+
+    def traced(owner: type, method: str) -> None:
+        original = getattr(owner, method)
+
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if (owner.__name__, method) not in walked:
+                walked.append((owner.__name__, method))
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(owner, method, call)
+
+    by_name = {kind.__name__: kind for kind in CLASSES}
+    for owner, method in drawn:
+        traced(by_name[owner], method)
+    daemon = Daemon(DaemonOptions())
+    daemon.model, daemon.state = served, "ok"
+    async with TestClient(TestServer(daemon.application())) as client:
+        body = {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 2}
+        answer = await client.post("/v1/chat/completions", json=body)
+        assert answer.status == 200
+    assert walked == drawn
+
+
+def test_the_files_of_the_hops_are_there() -> None:
+    for file, owner, _ in HOP.findall(PAGE.read_text(encoding="utf-8")):
+        assert f"class {owner}" in (PAGE.parent.parent / file).read_text(encoding="utf-8")

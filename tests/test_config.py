@@ -1,0 +1,77 @@
+"""Configuration: where values come from, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lichen.config import HIDDEN, Config, load, override, shown
+from lichen.errors import ConfigError
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "config.toml"
+    path.write_text('slots = 3\nmodel = "from-file"\nmax_body = "2 MiB"\n')
+    return path
+
+
+def test_flags_beat_variables_beat_the_file_beat_defaults(file: Path) -> None:
+    effective = load({"slots": 5, "port": None}, {"LICHEN_SLOTS": "4", "LICHEN_QUEUE": "9"}, file)
+    config, origin = effective.config, effective.origin
+    assert (config.slots, config.queue, config.model, config.port) == (5, 9, "from-file", 8642)
+    assert config.max_body == 2 << 20
+    assert str(origin["slots"]) == "flag --slots"
+    assert str(origin["queue"]) == "environment LICHEN_QUEUE"
+    assert str(origin["model"]) == f"file {file}"
+    assert str(origin["port"]) == "default"
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"LICHEN_SLOTS": "many"}, "LICHEN_SLOTS"),
+        ({"LICHEN_SLOTS": "0"}, "1 to 256"),
+        ({"LICHEN_SLOTZ": "4"}, "LICHEN_SLOTS"),
+        ({"LICHEN_PORT": "70000"}, "65535"),
+        ({"LICHEN_OFFLINE": "perhaps"}, "true or false"),
+        ({"LICHEN_LOG_LEVEL": "loud"}, "debug"),
+        ({"LICHEN_CONFIG": "/nowhere/config.toml"}, "does not exist"),
+        ({"LICHEN_API_KEY": "two words"}, "LICHEN_API_KEY"),
+    ],
+)
+def test_a_bad_variable_is_named_with_what_is_allowed(variables: dict[str, str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load(None, variables)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"slots = [", "config.toml"),
+        (b"slotz = 1", "Did you mean slots"),
+        (b"slots = 'three'", "slots in"),
+        (b"\xff\xfe", "config.toml"),
+        (b"[slots]\nx = 1", "slots"),
+        (b"x" * (2 << 20), "config.toml"),
+    ],
+)
+def test_a_bad_file_is_named(file: Path, content: bytes, words: str) -> None:
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=words):
+        load(None, {}, file)
+
+
+def test_a_secret_is_never_shown() -> None:
+    config = override(Config(), {"api_key": "s3cret"})
+    assert shown(config, "api_key") == HIDDEN
+    assert "s3cret" not in repr(config)
+    with pytest.raises(ConfigError) as caught:
+        override(Config(), {"api_key": "with space"})
+    assert "with space" not in str(caught.value)
+
+
+def test_an_override_is_checked() -> None:
+    with pytest.raises(ConfigError, match="slots"):
+        override(Config(), {"slots": 0})
