@@ -11,6 +11,7 @@ folder. Not covered: a reload while running; a daemon keeps what it was started 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
 import os
@@ -347,7 +348,10 @@ def _file_to_read(environ: Mapping[str, str], file: Path | None) -> tuple[Path, 
         return file, True
     named = environ.get(FILE_VARIABLE, "").strip()
     if named:
-        return Path(named).expanduser().absolute(), True
+        path = Path(named)
+        with contextlib.suppress(RuntimeError):  # a home folder of a user who does not exist
+            path = path.expanduser()
+        return path.absolute(), True
     return default_file(), False
 
 
@@ -394,7 +398,7 @@ def _checked(setting: Setting, raw: object, place: str, *, folder: Path | None =
     if raw is None and setting.optional:
         return None
     if setting.base is Path:
-        return _path(setting, raw, place, folder or Path.cwd())
+        return _path(setting, raw, place, folder)
     value = raw
     if isinstance(raw, str):
         if setting.is_bytes:
@@ -410,11 +414,12 @@ def _checked(setting: Setting, raw: object, place: str, *, folder: Path | None =
     return checked
 
 
-def _path(setting: Setting, raw: object, place: str, folder: Path) -> Path:
+def _path(setting: Setting, raw: object, place: str, folder: Path | None) -> Path:
     if not isinstance(raw, (str, Path)) or not str(raw).strip() or "\0" in str(raw):
         raise _bad(setting, raw, place)
     try:
-        return folder / Path(raw).expanduser()
+        path = Path(raw).expanduser()
+        return path if path.is_absolute() else (folder or Path.cwd()) / path
     except RuntimeError as error:  # a home folder of a user who does not exist
         raise _bad(setting, raw, place) from error
 
@@ -445,6 +450,6 @@ def _quoted(raw: object) -> str:
 
 def _short(raw: object) -> str:
     try:
-        return _plain(raw)
-    except ValueError:  # Python refuses to print an integer of thousands of digits
-        return "a very large number"
+        return str(raw).lower() if raw is None or isinstance(raw, bool) else str(raw)
+    except (ValueError, RecursionError):  # thousands of digits, or of tables within each other
+        return "something too large to show"

@@ -99,8 +99,6 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="lichen-engine", daemon=True)
         self._thread.start()
 
-    # ---- any thread -------------------------------------------------------------------------------
-
     def submit(self, sequence: Sequence) -> None:
         """Queue a sequence. Raises ContextOverflow, RequestError, QueueFull or Unavailable, else every
         outcome arrives as an event."""
@@ -158,11 +156,11 @@ class Engine:
         self._thread.join()
 
     def _retry_after(self) -> int:
+        """Seconds that an answer took on average, from 1 to 60."""
         done = self._counters.completed + self._counters.cancelled
-        elapsed = time.perf_counter() - self._started_at
-        return max(1, min(60, round(elapsed / done))) if done else 1
+        return max(1, min(60, round((time.perf_counter() - self._started_at) / done))) if done else 1
 
-    # ---- engine thread ----------------------------------------------------------------------------
+    # Below: the engine thread.
 
     def _run(self) -> None:
         try:
@@ -199,7 +197,7 @@ class Engine:
     def _admit(self) -> None:
         """Give free slots to waiting sequences, oldest first."""
         if self.state == "failed":
-            return self._fail_all(self._failure)
+            self._fail_all(self._failure)
         passed: deque[Sequence] = deque()
         while self._waiting and self._slots.free:
             sequence = self._waiting.popleft()
@@ -210,7 +208,6 @@ class Engine:
         passed.extend(self._waiting)
         self._waiting = passed
         self._count_now()
-        return None
 
     def _start(self, sequence: Sequence) -> None:
         placement = self._slots.acquire(sequence.prompt)
@@ -305,15 +302,14 @@ class Engine:
         sequence.tokens.append(token)
         self._counters.completion_tokens += 1
         if self.model.is_end(token):
-            return self._finish(sequence, "stop")
+            self._finish(sequence, "stop")
+            return
         if text := live.text.feed(self.model.piece(token)):
             sequence.events.append(Piece(text))
         if live.text.stopped:
-            return self._finish(sequence, "stop")
-        limit = sequence.options.max_tokens
-        if sequence.drawn == limit or len(sequence.tokens) >= self.context.context:
-            return self._finish(sequence, "length")
-        return None
+            self._finish(sequence, "stop")
+        elif sequence.drawn == sequence.options.max_tokens or len(sequence.tokens) >= self.context.context:
+            self._finish(sequence, "length")
 
     def _held(self, sequence: Sequence) -> None:
         self._slots.update(_slot(sequence), sequence.tokens[: sequence.computed])

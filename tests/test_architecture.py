@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,19 @@ async def test_a_request_walks_the_drawn_path(served: ServedModel, monkeypatch: 
     def traced(owner: type, method: str) -> None:
         original = getattr(owner, method)
 
-        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        def note() -> None:
             if (owner.__name__, method) not in walked:
                 walked.append((owner.__name__, method))
+
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            note()
             return original(self, *args, **kwargs)
 
-        monkeypatch.setattr(owner, method, call)
+        async def acall(self: Any, *args: Any, **kwargs: Any) -> Any:
+            note()
+            return await original(self, *args, **kwargs)
+
+        monkeypatch.setattr(owner, method, acall if inspect.iscoroutinefunction(original) else call)
 
     by_name = {kind.__name__: kind for kind in CLASSES}
     for owner, method in drawn:

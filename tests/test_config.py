@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from lichen.config import HIDDEN, Config, load, override, shown
+from lichen.config import HIDDEN, SETTINGS, Config, load, override, shown
 from lichen.errors import ConfigError
 
 
@@ -75,3 +78,42 @@ def test_a_secret_is_never_shown() -> None:
 def test_an_override_is_checked() -> None:
     with pytest.raises(ConfigError, match="slots"):
         override(Config(), {"slots": 0})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"port" + b".a" * 5000 + b" = 1",
+        b"x = " + b"[" * 5000,
+        b"port = " + b"9" * 5000,
+        b"drain_timeout = nan",
+        b"drain_timeout = -inf",
+        b"port = true",
+        b"port = 8642.0",
+        b'home = "\\u0000"',
+        b'host = "a\\nb"',
+        b"allowed_hosts = [1]",
+    ],
+)
+def test_a_hostile_file_is_refused_and_never_crashes(file: Path, content: bytes) -> None:
+    file.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        load(None, {}, file)
+    assert str(file) in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+def test_paths_may_be_relative_to_the_file_and_name_a_home(file: Path) -> None:
+    file.write_text('home = "models"\nuds = "~/lichen.sock"\n')
+    config = load(None, {}, file).config
+    assert config.home == file.parent / "models"
+    assert config.uds == Path.home() / "lichen.sock"
+    for variables in ({"LICHEN_HOME": "~no-such-user/x"}, {"LICHEN_CONFIG": "~no-such-user/x"}):
+        with pytest.raises(ConfigError):
+            load(None, variables)
+
+
+@given(st.text(st.characters(exclude_characters="\0"), min_size=1), st.sampled_from(sorted(SETTINGS)))
+def test_any_text_in_a_variable_is_a_value_or_a_config_error(text: str, name: str) -> None:
+    with suppress(ConfigError):
+        load(None, {f"LICHEN_{name.upper()}": text})

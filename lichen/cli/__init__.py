@@ -53,7 +53,7 @@ def main() -> None:
     """Entry point: an error is one sentence on standard error and an exit code that is not 0."""
     debug = "--debug" in sys.argv
     try:
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False, prog_name="lichen")
     except LichenError as error:
         _complain(str(error), debug)
         code = 2 if isinstance(error, ConfigError) else 1
@@ -70,7 +70,7 @@ def main() -> None:
             usage.show()
             code = usage.exit_code
         else:
-            hint = "" if debug else " Run it again with --debug for the details."
+            hint = "" if debug else " Run it again as 'lichen --debug …' for the details."
             _complain(f"An unexpected error occurred: {type(error).__name__}: {error}.{hint}", debug)
             code = 1
     sys.exit(code if isinstance(code, int) else 0)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import signal
 import sys
-from contextlib import aclosing, suppress
+from contextlib import AsyncExitStack, aclosing, suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -51,7 +50,7 @@ def chat(
     """Chat with a model in the terminal."""
     options = _options(max_tokens=max_tokens, temperature=temperature, seed=seed)
     config = config_of(context, model=model)
-    asyncio.run(_chat(config, system, options, model_given=model is not None, use_daemon=not no_daemon))
+    _chat(config, system, options, model_given=model is not None, use_daemon=not no_daemon)
 
 
 def run(
@@ -105,41 +104,54 @@ async def _run(
         async for piece in who.stream(messages, options):
             parts.append(piece)
             if not as_json:
-                print(piece, end="", flush=True)
+                print(for_screen(piece), end="", flush=True)
         print(json.dumps({"text": "".join(parts), **who.result}) if as_json else "")
 
 
-async def _chat(
+def _chat(
     config: Config, system: str | None, options: dict[str, Any], *, model_given: bool, use_daemon: bool
 ) -> None:
+    """The loop runs only while something is awaited, and the prompt reads in the main thread.
+
+    A read in another thread cannot be interrupted: Ctrl-C at the prompt would wait for Enter.
+    """
     from lichen.cli.answering import answering
 
-    async with answering(config, model_given=model_given, use_daemon=use_daemon) as who:
-        print(f"Talking to {who.label}. /help lists the commands.")
-        await Conversation(who, _messages(system), options).run()
+    stack = AsyncExitStack()
+    with asyncio.Runner() as runner:
+        opened = answering(config, model_given=model_given, use_daemon=use_daemon)
+        who = runner.run(stack.enter_async_context(opened))
+        try:
+            print(f"Talking to {who.label}. /help lists the commands.", flush=True)
+            Conversation(runner, who, _messages(system), options).run()
+        finally:
+            runner.run(stack.aclose())
 
 
 class Conversation:
     """One terminal conversation: history, commands, and answers that Ctrl-C stops."""
 
-    def __init__(self, who: Answering, messages: list[dict[str, str]], options: dict[str, Any]) -> None:
+    def __init__(
+        self, runner: asyncio.Runner, who: Answering, messages: list[dict[str, str]], options: dict[str, Any]
+    ) -> None:
+        self._runner = runner
         self._who = who
         self._messages = messages
         self._options = options
 
-    async def run(self) -> None:
+    def run(self) -> None:
         """Read and answer until the input ends."""
         if sys.stdin.isatty():
             with suppress(ImportError):
                 import readline  # noqa: F401 - line editing and history in input()
         while True:
-            text = await asyncio.to_thread(read_message)
+            text = read_message()
             if text is None or text.strip() == "/exit":
                 return
             if text.startswith("/"):
                 self._command(text)
             elif text.strip():
-                await self._answer(text)
+                self._answer(text)
 
     def _command(self, text: str) -> None:
         name, _, rest = text.partition(" ")
@@ -152,29 +164,36 @@ class Conversation:
         else:
             print(HELP if name == "/help" else f"There is no command {name}. /help lists them.")
 
-    async def _answer(self, text: str) -> None:
+    def _answer(self, text: str) -> None:
         asked = [*self._messages, {"role": "user", "content": text}]
         parts: list[str] = []
-        task = asyncio.ensure_future(self._stream(asked, parts))
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGINT, task.cancel)
         try:
-            await task
-            print()
-        except asyncio.CancelledError:
-            print("\n(stopped)")
+            self._runner.run(self._stream(asked, parts))
         except LichenError as error:
+            if not sys.stdin.isatty():
+                raise  # a script has to see that it failed
             print(f"\nlichen: {error}", file=sys.stderr)
             return
-        finally:
-            loop.remove_signal_handler(signal.SIGINT)
         self._messages = [*asked, {"role": "assistant", "content": "".join(parts)}]
 
     async def _stream(self, messages: list[dict[str, str]], parts: list[str]) -> None:
-        async with aclosing(self._who.stream(messages, self._options)) as pieces:  # type: ignore[type-var]
-            async for piece in pieces:
-                parts.append(piece)
-                print(piece, end="", flush=True)
+        """Print an answer. The runner turns Ctrl-C into a cancellation, which ends the answer only."""
+        try:
+            async with aclosing(self._who.stream(messages, self._options)) as pieces:  # type: ignore[type-var]
+                async for piece in pieces:
+                    parts.append(piece)
+                    print(for_screen(piece), end="", flush=True)
+            print()
+        except asyncio.CancelledError:
+            print("\n(stopped)", flush=True)
+
+
+_CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - {ord("\t"), ord("\n")})
+
+
+def for_screen(text: str) -> str:
+    """A model's text without the control characters by which it could command a terminal."""
+    return text.translate(_CONTROLS) if sys.stdout.isatty() else text
 
 
 def read_message() -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lichen.errors import EngineError, LichenError, Unauthorized
+from lichen.errors import EngineError, LichenError, Unauthorized, Unavailable
 
 if TYPE_CHECKING:
     import httpx
@@ -38,25 +38,38 @@ class DaemonAnswering:
         self.result: dict[str, Any] = {}
 
     async def stream(self, messages: list[Message], options: dict[str, Any]) -> AsyncIterator[str]:
-        """Read the server-sent events of one chat completion."""
+        """Read the server-sent events of one chat completion. Raises Unavailable if they break off."""
+        import httpx
+
         body = {"messages": messages, "stream": True, "stream_options": {"include_usage": True}, **options}
         self.result = {}
-        async with self._client.stream("POST", "/v1/chat/completions", json=body) as answer:
-            if answer.status_code != 200:
-                raise _refusal(answer.status_code, await answer.aread())
-            async for line in answer.aiter_lines():
-                if line.startswith("data: {"):
-                    event = json.loads(line[6:])
-                    if "error" in event:
-                        raise EngineError(event["error"]["message"])
-                    for name in ("usage", "timings", "model"):
-                        if event.get(name):
-                            self.result[name] = event[name]
-                    for choice in event["choices"]:
-                        if choice["finish_reason"]:
-                            self.result["finish_reason"] = choice["finish_reason"]
-                        if text := choice["delta"].get("content"):
+        try:
+            async with self._client.stream("POST", "/v1/chat/completions", json=body) as answer:
+                if answer.status_code != 200:
+                    raise refusal(answer.status_code, await answer.aread())
+                async for line in answer.aiter_lines():
+                    if line.startswith("data: [DONE]"):
+                        return
+                    if line.startswith("data: "):
+                        for text in self._read_event(line[6:]):
                             yield text
+        except httpx.HTTPError as error:
+            raise Unavailable("The connection to the daemon broke before the answer was complete.") from error
+        raise Unavailable("The daemon ended its answer before it was complete.")
+
+    def _read_event(self, data: str) -> list[str]:
+        """The texts of one event; its numbers go into `result`."""
+        try:
+            event = json.loads(data)
+            if "error" in event:
+                raise EngineError(str(event["error"]["message"]))
+            self.result |= {name: event[name] for name in ("usage", "timings", "model") if event.get(name)}
+            for choice in event["choices"]:
+                if choice["finish_reason"]:
+                    self.result["finish_reason"] = choice["finish_reason"]
+            return [text for choice in event["choices"] if (text := choice["delta"].get("content"))]
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise Unavailable("The daemon sent an event that is not an answer of lichen.") from error
 
 
 class EmbeddedAnswering:
@@ -152,13 +165,16 @@ async def _served_name(client: httpx.AsyncClient) -> str | None:
             return None
         answer = await client.get("/v1/models", timeout=2)
         if answer.status_code == 401:
-            raise Unauthorized("The daemon needs an API key.", hint="Set LICHEN_API_KEY.")
+            raise refusal(answer.status_code, answer.content)
         return str(answer.json()["data"][0]["id"])
     except (httpx.HTTPError, ValueError, LookupError):
         return None
 
 
-def _refusal(status: int, body: bytes) -> LichenError:
+def refusal(status: int, body: bytes) -> LichenError:
+    """The daemon's own sentence about a request that it refused."""
+    if status == 401:
+        return Unauthorized("The daemon needs another API key.", hint="Set LICHEN_API_KEY.")
     try:
         return LichenError(str(json.loads(body)["error"]["message"]))
     except (ValueError, LookupError, TypeError):

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import platform
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
 from lichen.cli.settings import Given, config_of, megabytes, table
-from lichen.errors import LichenError, Unavailable
+from lichen.errors import LichenError, Unauthorized, Unavailable
 
 if TYPE_CHECKING:
     from lichen.config import Config
@@ -53,19 +55,21 @@ def ps(context: typer.Context, as_json: AsJson = False) -> None:
 async def _status(config: Config) -> dict[str, Any]:
     import httpx
 
-    from lichen.cli.answering import daemon_client
+    from lichen.cli.answering import daemon_client, refusal
 
     async with daemon_client(config) as client:
         try:
             answer = await client.get("/status", timeout=5)
-            body: dict[str, Any] = answer.json()
+            if answer.status_code != 200:
+                raise refusal(answer.status_code, answer.content)
+            body = answer.json()
+            if not isinstance(body, dict) or "pid" not in body:
+                raise ValueError("JSON, but not a status")
         except (httpx.HTTPError, ValueError) as error:
             where = config.uds or f"{config.host}:{config.port}"
             raise Unavailable(
                 f"No lichen daemon answers at {where}.", hint="Start one: lichen serve"
             ) from error
-    if answer.status_code != 200:
-        raise LichenError(body["error"]["message"])
     return body
 
 
@@ -146,14 +150,24 @@ def _findings(config: Config) -> Iterator[Finding]:
 def _store_findings(config: Config) -> Iterator[Finding]:
     from lichen.sync.store import Store
 
-    store = Store(config.home / "store", offline=config.offline)
+    root = config.home / "store"
+    if not _writable(root):
+        yield Finding("store", "problem", f"{root} cannot be written to: mend its rights or set LICHEN_HOME")
+        return
+    store = Store(root, offline=config.offline)
     try:
         manifests = store.manifests()
         present = store.resolve(config.model)
     except LichenError as error:
         yield Finding("store", "problem", str(error))
         return
-    yield Finding("store", "fine", f"{len(manifests)} models, {megabytes(sum(m.size for m in manifests))}")
+    begun = sum(path.stat().st_size for path in (root / "partial").glob("*.part"))
+    yield Finding(
+        "store",
+        "fine",
+        f"{len(manifests)} models, {megabytes(sum(m.size for m in manifests))}"
+        + (f"; unfinished pulls hold {megabytes(begun)}: pull again to resume" if begun else ""),
+    )
     if present is None and not config.model.endswith(".gguf"):
         yield Finding("model", "warning", f"{config.model} is not here yet: lichen pull")
     else:
@@ -169,14 +183,35 @@ def _bindings() -> Finding:
         return Finding("llama.cpp", "problem", f"{error} Run: pip install llama-cpp-python")
 
 
+def _writable(path: Path) -> bool:
+    """Whether files can be made in `path`, or where it would be made."""
+    nearest = next((folder for folder in (path, *path.parents) if folder.exists()), path)
+    return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+
+
 def _port(config: Config) -> Finding:
-    with socket.socket() as probe:
-        probe.settimeout(0.5)
-        taken = config.uds is None and probe.connect_ex((config.host, config.port)) == 0
-    if not taken:
-        return Finding("daemon", "fine", "none runs; start one with: lichen serve")
+    where = config.uds or f"{config.host}:{config.port}"
     try:
         state = asyncio.run(_status(config))["state"]
-        return Finding("daemon", "fine", f"runs at {config.host}:{config.port}, {state}")
+        return Finding("daemon", "fine", f"runs at {where}, {state}")
+    except Unauthorized as error:
+        return Finding("daemon", "warning", f"runs at {where}: {error}")
     except LichenError:
+        pass  # none of ours; the port may still be taken
+    try:
+        taken = config.uds is None and _somebody_listens(config.host, config.port)
+    except OSError as error:
+        return Finding(
+            "daemon", "problem", f"{config.host} is no address here ({error.strerror}): use --host"
+        )
+    if taken:
         return Finding("daemon", "warning", f"another program has port {config.port}: use --port")
+    return Finding("daemon", "fine", "none runs; start one with: lichen serve")
+
+
+def _somebody_listens(host: str, port: int) -> bool:
+    """Raises OSError for a host name that means nothing."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.settimeout(0.5)
+        return probe.connect_ex(address) == 0
