@@ -42,7 +42,9 @@ from lichen.errors import ContextOverflow, EngineError, LichenError, QueueFull, 
 log = logging.getLogger("lichen.engine")
 
 PENALTY_WINDOW = 64  # tokens that repeat, frequency and presence penalties look back on
-PREFILL_WHILE_DECODING = 64  # prompt tokens a step while streams run: bounds the gap between their tokens
+PREFILL_WHILE_DECODING = (
+    64  # tokens a step and prompt while streams run: bounds the gaps between their tokens
+)
 
 State = Literal["running", "draining", "failed", "closed"]
 
@@ -232,7 +234,8 @@ class Engine:
 
     def _step(self) -> None:
         """One turn: plan, decode, draw, deliver."""
-        chunks = self._scheduler.plan(self._running)
+        # llama.cpp computes streams together only where their slots follow on each other in the batch.
+        chunks = sorted(self._scheduler.plan(self._running), key=lambda chunk: _slot(chunk.sequence))
         if not self._decode(chunks):
             return
         self._counters.steps += 1

@@ -3,7 +3,7 @@
 Continuous batching with chunked prefill (the idea of Sarathi-Serve, arXiv 2403.02310): every decoding
 sequence gets its one token in every step; what is left of the budget goes to prompts in chunks.
 While others decode, the share of prompts is bounded so that a long prompt slows a stream by at most a
-known factor. Among prompts the one with the fewest tokens left goes first, but waiting lowers its
+known factor; the more prompts wait, the larger their share, up to the whole step. Among prompts the one with the fewest tokens left goes first, but waiting lowers its
 rank steadily, so that no prompt starves. It knows nothing of llama.cpp, threads or clocks.
 """
 
@@ -31,7 +31,7 @@ class Chunk:
 
 @dataclass(slots=True, frozen=True)
 class Budget:
-    """Tokens a step may compute: in all, and of prompts while other sequences decode."""
+    """Tokens a step may compute: in all, and for each waiting prompt while other sequences decode."""
 
     step: int
     prefill_while_decoding: int
@@ -54,7 +54,7 @@ class Scheduler:
         chunks = [Chunk(s, s.computed, 1) for s in decoding[: self.budget.step]]
         room = self.budget.step - len(chunks)
         if decoding:
-            room = min(room, self.budget.prefill_while_decoding)
+            room = min(room, self.budget.prefill_while_decoding * len(prefilling))
         if prefilling:
             chunks.extend(self._prefill(prefilling, room))
         return chunks

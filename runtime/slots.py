@@ -13,7 +13,7 @@ from lichen.runtime.prefix import PrefixTree, shared_prefix
 from lichen.runtime.sequence import Sequence as LiveSequence
 
 MIN_COPY = 16  # tokens: copying a stream costs a few milliseconds, about what computing these would
-MIN_WAIT = 64  # tokens: a prompt waits for a running prefill only if that saves at least this much
+MIN_WAIT = 16  # tokens: a prompt waits for a running prefill if that saves at least this much
 
 
 @dataclass(slots=True, frozen=True)
