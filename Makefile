@@ -32,7 +32,7 @@ check: install
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) scripts/typed_tree.py
 	cd .build/tree && MYPYPATH=$(CURDIR)/.build/tree ../../$(PYTHON) -m mypy --config-file ../../pyproject.toml -p lichen
-	MYPYPATH=$(CURDIR)/.build/tree $(PYTHON) -m mypy --explicit-package-bases tests scripts/demo.py scripts/typed_tree.py scripts/size_limits.py docs/generate.py
+	MYPYPATH=$(CURDIR)/.build/tree $(PYTHON) -m mypy --explicit-package-bases tests scripts/demo.py scripts/typed_tree.py scripts/size_limits.py docs/generate.py bench
 	cd .build/tree && ../../.venv/bin/lint-imports --config ../../pyproject.toml
 	$(PYTHON) scripts/size_limits.py
 	$(PYTHON) docs/generate.py --check

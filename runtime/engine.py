@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
+
+from lichen.errors import ContextOverflow, EngineError, LichenError, QueueFull, Unavailable
 from lichen.runtime.generation import post
 from lichen.runtime.native import DECODE_NO_KV_SLOT, DECODE_OK, Context, Model, Sampler, SamplerOptions
 from lichen.runtime.scheduler import Budget, Chunk, Scheduler
@@ -36,8 +38,6 @@ from lichen.runtime.sequence import (
 )
 from lichen.runtime.slots import SlotPool
 from lichen.runtime.text import TextStream
-
-from lichen.errors import ContextOverflow, EngineError, LichenError, QueueFull, Unavailable
 
 log = logging.getLogger("lichen.engine")
 

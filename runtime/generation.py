@@ -11,9 +11,8 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 
-from lichen.runtime.sequence import Event, Failed, Finished, Piece, Sequence
-
 from lichen.errors import EngineError
+from lichen.runtime.sequence import Event, Failed, Finished, Piece, Sequence
 
 
 class Mailbox:

@@ -3,7 +3,8 @@
 Continuous batching with chunked prefill (the idea of Sarathi-Serve, arXiv 2403.02310): every decoding
 sequence gets its one token in every step; what is left of the budget goes to prompts in chunks.
 While others decode, the share of prompts is bounded so that a long prompt slows a stream by at most a
-known factor; the more prompts wait, the larger their share, up to the whole step. Among prompts the one with the fewest tokens left goes first, but waiting lowers its
+known factor; the more prompts wait, the larger their share, up to the whole step.
+Among prompts the one with the fewest tokens left goes first, but waiting lowers its
 rank steadily, so that no prompt starves. It knows nothing of llama.cpp, threads or clocks.
 """
 

@@ -13,14 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
+
+from lichen.errors import RequestError
 from lichen.runtime.chat import ChatTemplate, Message
 from lichen.runtime.engine import Engine
 from lichen.runtime.generation import Generation, Mailbox
 from lichen.runtime.native import Context, ContextSize, Model
 from lichen.runtime.sequence import SamplingOptions
 from lichen.runtime.sequence import Sequence as LiveSequence
-
-from lichen.errors import RequestError
 
 INLINE_CHARACTERS = 2048  # shorter texts are tokenized on the loop: under a millisecond
 

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from lichen.sync.sources import Origin
 
 from lichen.errors import DiskFull, HashMismatch, SourceError, StoreError
+from lichen.sync.sources import Origin
 
 if TYPE_CHECKING:
     import httpx

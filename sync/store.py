@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
+
+from lichen.errors import HashMismatch, ModelFileError, NotFound, OfflineError, SourceError, StoreError
 from lichen.quant.gguf_check import GGUFSummary, check_gguf
 from lichen.sync.catalog import CATALOG
 from lichen.sync.sources import Origin, is_local, locate
-
-from lichen.errors import HashMismatch, ModelFileError, NotFound, OfflineError, SourceError, StoreError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")

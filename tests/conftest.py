@@ -14,6 +14,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+
 from lichen.runtime.served_model import ModelOptions, ServedModel
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
+
 from lichen.runtime.engine import Engine
 from lichen.runtime.http.daemon import Daemon, DaemonOptions
 from lichen.runtime.http.openai import OpenAIRoutes

@@ -20,13 +20,13 @@ from typing import Any, Literal
 
 import msgspec
 from aiohttp import web
+
+import lichen
+from lichen.errors import ConfigError, LichenError, Unavailable
 from lichen.runtime import native
 from lichen.runtime.http.guard import LOOPBACK, Guard
 from lichen.runtime.http.openai import OpenAIRoutes
 from lichen.runtime.served_model import ServedModel
-
-import lichen
-from lichen.errors import ConfigError, LichenError, Unavailable
 
 log = logging.getLogger("lichen.http")
 

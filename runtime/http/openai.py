@@ -15,14 +15,14 @@ from typing import Any
 
 import msgspec
 from aiohttp import web
+
+import lichen
+from lichen.errors import LichenError, NotFound
 from lichen.runtime.generation import Generation
 from lichen.runtime.http.guard import error_body
 from lichen.runtime.http.schema import Body, ChatBody, CompletionBody, parse
 from lichen.runtime.sequence import Finished, Piece, Prefill, Timings, Usage
 from lichen.runtime.served_model import ServedModel
-
-import lichen
-from lichen.errors import LichenError, NotFound
 
 HEARTBEAT_S = 10.0  # a comment after so much silence, so that proxies keep the connection
 LARGE_BODY = 1 << 18  # bytes; parsed off the event loop

@@ -10,10 +10,10 @@ import re
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
-from lichen.runtime.sequence import SamplingOptions
 from msgspec import Meta
 
 from lichen.errors import RequestError, UnsupportedField
+from lichen.runtime.sequence import SamplingOptions
 
 COMPLETION_TOKENS = 16  # OpenAI's default length for /v1/completions
 

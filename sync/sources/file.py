@@ -6,9 +6,8 @@ import asyncio
 from pathlib import Path
 from urllib.parse import unquote
 
-from lichen.sync.sources import Origin
-
 from lichen.errors import SourceError
+from lichen.sync.sources import Origin
 
 
 async def locate(rest: str) -> Origin:

@@ -10,9 +10,8 @@ import asyncio
 import re
 from pathlib import PurePosixPath
 
-from lichen.sync.sources import Origin
-
 from lichen.errors import SourceError
+from lichen.sync.sources import Origin
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 

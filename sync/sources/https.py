@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 from urllib.parse import unquote, urlsplit
 
-from lichen.sync.sources import Origin
-
 from lichen.errors import SourceError
+from lichen.sync.sources import Origin
 
 
 async def locate(rest: str) -> Origin:

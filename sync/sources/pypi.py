@@ -11,9 +11,9 @@ import re
 from urllib.parse import urljoin
 
 import msgspec
-from lichen.sync.sources import Origin
 
 from lichen.errors import SourceError
+from lichen.sync.sources import Origin
 
 _REFERENCE = re.compile(
     r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9.!+_-]+)(/(?P<member>.+))?"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from lichen.devices.probe import (
     CPU_QUOTA_FILES,
     MEMORY_LIMIT_FILES,

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lichen.quant.gguf_check import check_gguf
 
 from lichen.errors import ModelFileError
+from lichen.quant.gguf_check import check_gguf
 from tests.quant.tiny_gguf import METADATA, TOKENS, WIDTH, tiny_gguf
 
 

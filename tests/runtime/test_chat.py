@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 
 import pytest
-from lichen.runtime.chat import ChatTemplate
 
 from lichen.errors import TemplateError
+from lichen.runtime.chat import ChatTemplate
 
 HELLO = [{"role": "user", "content": "Hello <b>&</b>"}]
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from lichen.errors import ContextOverflow, EngineError, QueueFull, RequestError, Unavailable
 from lichen.runtime.engine import Engine
 from lichen.runtime.generation import Generation, Mailbox
 from lichen.runtime.native import DECODE_NO_KV_SLOT
 from lichen.runtime.sequence import Piece, Prefill, SamplingOptions, Sequence
-
-from lichen.errors import ContextOverflow, EngineError, QueueFull, RequestError, Unavailable
 from tests.runtime.fake_native import END, CountingContext, CountingModel, CountingSampler
 
 

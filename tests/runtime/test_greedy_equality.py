@@ -12,10 +12,10 @@ from pathlib import Path
 
 import openai
 import pytest
+
 from lichen.runtime.native import Model
 from lichen.runtime.sequence import SamplingOptions
 from lichen.runtime.served_model import ServedModel
-
 from tests.conftest import RunningDaemon
 from tests.runtime.plain_loop import Step, plain_loop
 

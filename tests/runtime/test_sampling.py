@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from lichen.runtime.native import DECODE_OK, Context, ContextSize, Model, Sampler, SamplerOptions
 from lichen.runtime.sequence import SamplingOptions
 from lichen.runtime.served_model import ServedModel

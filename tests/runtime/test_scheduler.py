@@ -6,6 +6,7 @@ from unittest.mock import Mock
 
 from hypothesis import given
 from hypothesis import strategies as st
+
 from lichen.runtime.generation import Mailbox
 from lichen.runtime.scheduler import Budget, Scheduler
 from lichen.runtime.sequence import SamplingOptions, Sequence

@@ -21,8 +21,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lichen.sync.sources import locate
-from lichen.sync.store import PullProgress, Store
 
 from lichen.errors import (
     DiskFull,
@@ -34,6 +32,8 @@ from lichen.errors import (
     SourceError,
     StoreError,
 )
+from lichen.sync.sources import locate
+from lichen.sync.store import PullProgress, Store
 from tests.quant.tiny_gguf import tiny_gguf
 from tests.sync.model_server import ModelServer
 

@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator, Iterator
 
 import openai
 import pytest
-from lichen.runtime.served_model import ServedModel
 
+from lichen.runtime.served_model import ServedModel
 from tests.conftest import RunningDaemon
 
 ASK: list[openai.types.chat.ChatCompletionMessageParam] = [

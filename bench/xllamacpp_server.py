@@ -1,0 +1,64 @@
+"""Starts llama.cpp's own HTTP server from the `xllamacpp` wheel and sleeps until a signal.
+
+Runs in that wheel's environment, so it imports nothing of lichen or of `bench`. Flags carry the names
+of `llama-server`'s own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+
+import xllamacpp
+
+
+def main() -> None:
+    """Serve until SIGTERM or SIGINT; the process then ends without ceremony, there is nothing to save."""
+    flags = argparse.ArgumentParser(description=__doc__)
+    flags.add_argument("--model", required=True)
+    flags.add_argument("--port", type=int, required=True)
+    flags.add_argument("--parallel", type=int, required=True, help="slots")
+    flags.add_argument("--ctx-size", type=int, required=True, help="tokens of all slots together")
+    flags.add_argument("--threads", type=int, required=True)
+    flags.add_argument("--batch-size", type=int, default=2048)
+    flags.add_argument("--ubatch-size", type=int, default=512)
+    flags.add_argument("--flash-attn", choices=["auto", "on", "off"], default="auto")
+    flags.add_argument("--kv-unified", action=argparse.BooleanOptionalAction, default=False)
+    flags.add_argument("--cache-ram", type=int, default=8192, help="MiB of idle prompts to keep")
+    chosen = flags.parse_args()
+
+    signals = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # before the server's threads, which inherit it
+    server = xllamacpp.Server(_parameters(chosen))
+    print(f"listening on {server.listening_address}", flush=True)
+    signal.sigwait(signals)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+
+
+def _parameters(chosen: argparse.Namespace) -> xllamacpp.CommonParams:
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = chosen.model
+    parameters.hostnames = ["127.0.0.1"]
+    parameters.port = chosen.port
+    parameters.n_parallel = chosen.parallel
+    parameters.n_ctx = chosen.ctx_size
+    parameters.cpuparams.n_threads = chosen.threads
+    parameters.cpuparams_batch.n_threads = chosen.threads
+    parameters.n_batch = chosen.batch_size
+    parameters.n_ubatch = chosen.ubatch_size
+    kinds = xllamacpp.llama_flash_attn_type
+    parameters.flash_attn_type = {
+        "auto": kinds.LLAMA_FLASH_ATTN_TYPE_AUTO,
+        "on": kinds.LLAMA_FLASH_ATTN_TYPE_ENABLED,
+        "off": kinds.LLAMA_FLASH_ATTN_TYPE_DISABLED,
+    }[chosen.flash_attn]
+    parameters.kv_unified = chosen.kv_unified
+    parameters.cache_ram_mib = chosen.cache_ram
+    parameters.cont_batching = True
+    parameters.warmup = True
+    parameters.ui = False
+    return parameters
+
+
+if __name__ == "__main__":
+    main()
