@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 import queue
-import secrets
 import threading
 import time
 from collections import deque
@@ -25,7 +24,8 @@ import msgspec
 
 from lichen.errors import ContextOverflow, EngineError, LichenError, QueueFull, Unavailable
 from lichen.runtime.generation import post
-from lichen.runtime.native import DECODE_NO_KV_SLOT, DECODE_OK, Context, Model, Sampler, SamplerOptions
+from lichen.runtime.native import DECODE_NO_KV_SLOT, DECODE_OK, Context, Model, Sampler
+from lichen.runtime.sampling import PENALTY_WINDOW, sampler_options
 from lichen.runtime.scheduler import Budget, Chunk, Scheduler
 from lichen.runtime.sequence import (
     Failed,
@@ -33,7 +33,6 @@ from lichen.runtime.sequence import (
     FinishReason,
     Piece,
     Prefill,
-    SamplingOptions,
     Sequence,
 )
 from lichen.runtime.slots import SlotPool
@@ -41,7 +40,6 @@ from lichen.runtime.text import TextStream
 
 log = logging.getLogger("lichen.engine")
 
-PENALTY_WINDOW = 64  # tokens that repeat, frequency and presence penalties look back on
 PREFILL_WHILE_DECODING = (
     64  # tokens a step and prompt while streams run: bounds the gaps between their tokens
 )
@@ -225,7 +223,7 @@ class Engine:
         sequence.computed = sequence.cached = reused
         sequence.admitted_at = time.perf_counter()
         options = sequence.options
-        sampler = Sampler(self.model, _sampler_options(options))
+        sampler = Sampler(self.model, sampler_options(options))
         for token in sequence.prompt[-PENALTY_WINDOW:]:
             sampler.accept(token)
         self._running[sequence] = _Live(sampler, TextStream(options.stop))
@@ -383,19 +381,3 @@ class Engine:
 def _slot(sequence: Sequence) -> int:
     assert sequence.slot is not None, "a running sequence has a slot"
     return sequence.slot
-
-
-def _sampler_options(options: SamplingOptions) -> SamplerOptions:
-    seed = secrets.randbits(32) if options.seed is None else options.seed & 0xFFFFFFFF
-    return SamplerOptions(
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        min_p=options.min_p,
-        repeat_penalty=options.repeat_penalty,
-        frequency_penalty=options.frequency_penalty,
-        presence_penalty=options.presence_penalty,
-        penalty_window=PENALTY_WINDOW,
-        logit_bias=tuple(options.logit_bias.items()),
-        seed=seed,
-    )
