@@ -40,9 +40,8 @@ from lichen.runtime.text import TextStream
 
 log = logging.getLogger("lichen.engine")
 
-PREFILL_WHILE_DECODING = (
-    64  # tokens a step and prompt while streams run: bounds the gaps between their tokens
-)
+# Tokens of each waiting prompt in a step while streams run: bounds the gaps between their tokens.
+PREFILL_WHILE_DECODING = 64
 
 State = Literal["running", "draining", "failed", "closed"]
 

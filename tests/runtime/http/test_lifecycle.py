@@ -13,7 +13,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+from aiohttp.test_utils import TestClient, TestServer
 
+from lichen.runtime.http.daemon import Daemon, DaemonOptions
+from lichen.runtime.served_model import ServedModel
+from lichen.sync.store import Store
 from tests.conftest import RunningDaemon, StartDaemon, wait_ready
 
 LONG = {"prompt": "Count: 1, 2, 3,", "max_tokens": 600, "temperature": 0, "stream": True}
@@ -52,8 +56,13 @@ async def test_two_hundred_clients_cut_at_random_moments_leak_nothing(daemon: Ru
     assert answer["choices"][0]["text"] == " 5, 6,"
 
 
-def test_health_answers_during_a_long_prefill(daemon: RunningDaemon, model_path: Path) -> None:
-    """And while another model file is being hashed in the same moment. p99 under 50 ms."""
+def p99(times: list[float]) -> float:
+    assert len(times) > 100
+    return statistics.quantiles(times, n=100)[98]
+
+
+def test_health_answers_during_a_long_prefill(daemon: RunningDaemon) -> None:
+    """p99 under 50 ms while a prompt of about 3,900 tokens is computed."""
     prompt = {"prompt": "moss " * 3900 + str(time.time()), "max_tokens": 1}
     client = threading.Thread(
         target=lambda: httpx.post(f"{daemon.base_url}/completions", json=prompt, timeout=110)
@@ -67,8 +76,32 @@ def test_health_answers_during_a_long_prefill(daemon: RunningDaemon, model_path:
             times.append(time.perf_counter() - started)
             time.sleep(0.01)
     client.join()
-    assert len(times) > 100
-    assert statistics.quantiles(times, n=100)[98] < 0.05
+    assert p99(times) < 0.05
+
+
+async def test_health_answers_while_another_model_is_copied_and_hashed(
+    served: ServedModel, model_path: Path, tmp_path: Path
+) -> None:
+    """p99 under 50 ms while the same event loop pulls and verifies a model."""
+    daemon = Daemon(DaemonOptions())
+    daemon.model, daemon.state = served, "ok"
+    store = Store(tmp_path)
+
+    async def pull_and_verify() -> None:
+        await store.pull(f"file:{model_path}", name="second")
+        for _ in range(8):
+            await store.verify("second")
+
+    times: list[float] = []
+    async with TestClient(TestServer(daemon.application())) as client:
+        work = asyncio.ensure_future(pull_and_verify())
+        while not work.done() or len(times) <= 100:
+            started = time.perf_counter()
+            assert (await client.get("/health")).status == 200
+            times.append(time.perf_counter() - started)
+            await asyncio.sleep(0.002)
+        await work
+    assert p99(times) < 0.05
 
 
 def test_a_shared_prefix_is_not_computed_again(daemon: RunningDaemon) -> None:
