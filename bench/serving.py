@@ -7,7 +7,6 @@ the next server, so that slow drift of the machine falls on all of them. Ratios 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import itertools
 import json
 import sys
@@ -21,8 +20,9 @@ from bench.measure import measure, warm_up
 from bench.numbers import dig, median, paired_ratio, rounded
 from bench.peer import BenchError, Peer, Settings
 from bench.prompts import PromptBook, data_folder
+from bench.report import publish
 from bench.scenarios import Prompts, Scenario, choose, write_prompts
-from bench.server import free_port, running
+from bench.server import free_port, run_to_end, running
 from bench.table import aligned, serving_rows
 from lichen.devices.probe import probe
 from lichen.errors import LichenError
@@ -51,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     path = save(record)
     print(aligned(serving_rows(record)))
+    if options.publish:
+        publish([path])
     print(json.dumps({"bench": "serving", "result": path.name, "ratios": _medians_only(record["ratios"])}))
     return 0 if record["status"] == "ok" else 1
 
@@ -62,6 +64,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     flags.add_argument("--scenario", action="append", default=[], help="only those that begin so; may repeat")
     flags.add_argument("--quick", action="store_true", help="two scenarios, for development")
     flags.add_argument("--runs", type=int, default=3)
+    flags.add_argument(
+        "--full", action="store_true", help="every scenario in every run, an hour on two cores"
+    )
+    flags.add_argument("--publish", action="store_true", help="also write the table and pictures of docs/")
     flags.add_argument("--budget", type=float, default=30, help="minutes; no run begins that would pass it")
     flags.add_argument("--threads", type=int, default=probe().physical_cores)
     flags.add_argument("--slots", type=int, default=16)
@@ -95,7 +101,7 @@ def _measure_all(options: argparse.Namespace) -> dict[str, Any]:
         "starts": [],
         "runs": [],
     }
-    asyncio.run(_alternate(options, servers, settings, prompts, record))
+    run_to_end(_alternate(options, servers, settings, prompts, record))
     close_certificate(record["birth"])
     _conclude(record)
     return record
@@ -135,8 +141,10 @@ async def _alternate(
             print(f"the budget of {options.budget:g} minutes ends after {run} runs", file=sys.stderr)
             break
         turn = run % len(servers)
+        whole = run == 0 or options.full or bool(options.scenario)
+        chosen = {scenario: texts for scenario, texts in prompts.items() if whole or not scenario.once}
         for peer in (*servers[turn:], *servers[:turn]):
-            await _one_server(run, peer, settings, prompts, record)
+            await _one_server(run, peer, settings, chosen, record)
         longest = max(longest, time.monotonic() - run_began)
 
 
@@ -158,8 +166,8 @@ async def _one_server(
         async with running(peer, own) as server:
             start["ready_s"] = round(server.ready_s, 3)
             await warm_up(server)
-            for number, (scenario, texts) in enumerate(prompts.items()):
-                seed = record["settings"]["seed"] * 1000 + number
+            for scenario, texts in prompts.items():
+                seed = record["settings"]["seed"]
                 numbers = await measure(server, scenario, texts, seed=seed, model_bytes=size)
                 record["runs"].append({"run": run, "server": peer.name, "scenario": scenario.name, **numbers})
                 print(_line(record["runs"][-1]), file=sys.stderr, flush=True)
@@ -190,7 +198,10 @@ def _conclude(record: dict[str, Any]) -> None:
             for name in names
         }
         record["summary"][scenario] = {
-            name: {metric: rounded(median(values.values()), 4) for metric, values in cell.items()}
+            name: {
+                "runs": len(cell["tokens_per_second"]),
+                **{metric: rounded(median(values.values()), 4) for metric, values in cell.items()},
+            }
             for name, cell in cells.items()
         }
         record["ratios"][scenario] = {

@@ -19,7 +19,7 @@ def serving_rows(record: dict[str, Any]) -> Rows:
     subject = record["servers"][names[0]]["title"]
     rows: Rows = [
         [
-            "load", "server", "tokens/s", "TTFT p50 ms", "TTFT p95 ms", "gap p50 ms", "gap p95 ms",
+            "load", "server", "runs", "tokens/s", "TTFT p50 ms", "TTFT p95 ms", "gap p50 ms", "gap p95 ms",
             "peak RSS MB", "≥ GB/s", f"{subject} ÷ it, tokens/s", "p95 TTFT",
         ]
     ]  # fmt: skip
@@ -31,6 +31,7 @@ def serving_rows(record: dict[str, Any]) -> Rows:
                 [
                     scenario["name"],
                     record["servers"][name]["title"],
+                    str(cell["runs"]),
                     number(cell["tokens_per_second"]),
                     number(cell["ttft_p50_ms"], 0),
                     number(cell["ttft_p95_ms"], 0),
@@ -66,20 +67,59 @@ def prefix_rows(record: dict[str, Any]) -> Rows:
     return rows
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Columns of equal width; the first two to the left, numbers to the right."""
+def raw_rows(record: dict[str, Any]) -> Rows:
+    """Header and two rows for each answer length: one HTTP client of lichen beside the raw loop."""
+    rows: Rows = [["tokens", "rate", "lichen tokens/s", "raw loop tokens/s", "lichen ÷ raw", "range"]]
+    names = (("decode_tokens_per_second", "tokens 2..n"), ("end_to_end_tokens_per_second", "end to end"))
+    for limit, sides in record["summary"].items():
+        for metric, title in names:
+            ratio = record["ratios"][limit][metric] or {}
+            spread = f"{ratio['low']:.3f}..{ratio['high']:.3f}" if ratio else "–"
+            rows.append(
+                [
+                    limit,
+                    title,
+                    number(sides["lichen"][metric]),
+                    number(sides["raw"][metric]),
+                    number(ratio.get("median"), 3),
+                    spread,
+                ]
+            )
+    return rows
+
+
+def startup_rows(record: dict[str, Any]) -> Rows:
+    """Header and a row for each server: seconds to ready and to the first token."""
+    rows: Rows = [["server", "runs", "ready s", "first token s"]]
+    for name, described in record["servers"].items():
+        good = sum(entry["server"] == name and entry["status"] == "ok" for entry in record["runs"])
+        cell = record["summary"][name]
+        rows.append(
+            [described["title"], str(good), number(cell["ready_s"], 2), number(cell["first_token_s"], 2)]
+        )
+    return rows
+
+
+def import_rows(record: dict[str, Any]) -> Rows:
+    """Header and a row for each of the packages whose import takes longest."""
+    items = record["imports"]["top_ms"].items()
+    return [["package", "ms"], *([name, number(spent)] for name, spent in items)]
+
+
+def aligned(rows: Sequence[Sequence[str]], *, left: int = 2) -> str:
+    """Columns of equal width; the first `left` to the left, numbers to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if column < 2 else cell.rjust(width)
+            cell.ljust(width) if column < left else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
     )
 
 
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with numbers to the right."""
+def markdown(rows: Sequence[Sequence[str]], *, left: int = 2) -> str:
+    """A Markdown table; the first `left` columns to the left, numbers to the right."""
     header, *body = rows
-    rule = ["---" if column < 2 else "---:" for column in range(len(header))]
+    rule = ["---" if column < left else "---:" for column in range(len(header))]
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *body))

@@ -7,6 +7,7 @@ of `llama-server`'s own.
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 
 import xllamacpp
@@ -32,7 +33,7 @@ def main() -> None:
     server = xllamacpp.Server(_parameters(chosen))
     print(f"listening on {server.listening_address}", flush=True)
     signal.sigwait(signals)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+    os._exit(0)  # the server's destructor would first finish every answer under way
 
 
 def _parameters(chosen: argparse.Namespace) -> xllamacpp.CommonParams:

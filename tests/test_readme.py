@@ -34,7 +34,7 @@ def test_the_http_example(daemon: RunningDaemon, lichen_home: Path) -> None:
 def test_the_embedded_example(lichen_home: Path, model_path: Path) -> None:
     if lichen_home not in model_path.parents:
         pytest.skip(f"LICHEN_TEST_MODEL is set, so {MODEL} is not in the tests' store")
-    assert len(run(EXAMPLES["embedded"], lichen_home)) > 10
+    assert "rainbow" in run(EXAMPLES["embedded"], lichen_home)  # greedy: the same answer every time
 
 
 def test_every_link_leads_somewhere() -> None:

@@ -1,0 +1,79 @@
+"""Throughput and time to first token against the number of clients, as small pictures for the docs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot
+
+PANELS = (("short", 64, "short prompts, 64 tokens"), ("long", 64, "1,000-token prompts, 64 tokens"))
+COLOURS = ("#2f6f4f", "#b4581e", "#5b5f97", "#777777")
+MARKERS = ("o", "s", "^", "D")
+
+
+def draw(record: dict[str, Any], folder: Path) -> list[Path]:
+    """Write throughput and ttft as .svg and .png into `folder`; the paths written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return [
+        *_picture(
+            record, folder / "throughput", "tokens_per_second", "tokens/s of all clients", 1.0, log=False
+        ),
+        *_picture(record, folder / "ttft", "ttft_p95_ms", "p95 of time to first token, s", 1e-3, log=True),
+    ]
+
+
+def _picture(
+    record: dict[str, Any], stem: Path, metric: str, label: str, unit: float, *, log: bool
+) -> list[Path]:
+    # Without a fixed salt every drawing of the same numbers would differ, and so would the repository.
+    with pyplot.rc_context({"svg.hashsalt": "lichen", "svg.fonttype": "none", "font.size": 9}):
+        figure, axes = pyplot.subplots(1, len(PANELS), figsize=(8, 3), sharey=True, layout="constrained")
+        for axis, (prompt, max_tokens, title) in zip(axes, PANELS, strict=True):
+            clients: set[int] = set()
+            for (name, server), colour, marker in zip(
+                record["servers"].items(), COLOURS, MARKERS, strict=False
+            ):
+                points = _points(record, name, prompt, max_tokens, metric)
+                clients.update(count for count, _ in points)
+                axis.plot(
+                    [count for count, _ in points],
+                    [value * unit for _, value in points],
+                    color=colour,
+                    marker=marker,
+                    label=server["title"],
+                )
+            axis.set_title(title)
+            axis.set_xlabel("clients")
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(sorted(clients), [str(count) for count in sorted(clients)])
+            axis.minorticks_off()
+            axis.grid(visible=True, alpha=0.3)
+            if log:
+                axis.set_yscale("log")
+            else:
+                axis.set_ylim(bottom=0)
+        axes[0].set_ylabel(label)
+        axes[0].legend(frameon=False)
+        written = [stem.with_suffix(".svg"), stem.with_suffix(".png")]
+        figure.savefig(written[0], metadata={"Date": None})
+        figure.savefig(written[1], dpi=110, metadata={"Software": None})
+        pyplot.close(figure)
+    return written
+
+
+def _points(
+    record: dict[str, Any], server: str, prompt: str, max_tokens: int, metric: str
+) -> list[tuple[int, float]]:
+    """Clients and value of each measured load of a panel, fewest clients first."""
+    points = []
+    for scenario in record["scenarios"]:
+        if scenario["prompt"] == prompt and scenario["max_tokens"] == max_tokens:
+            value = record["summary"][scenario["name"]][server][metric]
+            if value is not None:
+                points.append((scenario["clients"], value))
+    return sorted(points)
