@@ -40,8 +40,8 @@ from lichen.runtime.text import TextStream
 
 log = logging.getLogger("lichen.engine")
 
-# Tokens of each waiting prompt in a step while streams run: bounds the gaps between their tokens.
-PREFILL_WHILE_DECODING = 64
+# Tokens that each waiting prompt may put between two tokens of a stream: bounds the gaps between them.
+PREFILL_SHARE = 64
 
 State = Literal["running", "draining", "failed", "closed"]
 
@@ -85,7 +85,11 @@ class Engine:
         self._running: dict[Sequence, _Live] = {}
         self._slots = SlotPool(context.slots)
         self._scheduler = Scheduler(
-            Budget(step=context.batch, prefill_while_decoding=min(PREFILL_WHILE_DECODING, context.batch))
+            Budget(
+                step=context.batch,
+                prompts_step=max(1, context.batch // 4),
+                share=min(PREFILL_SHARE, context.batch),
+            )
         )
         self._counters = Counters(free_slots=context.slots)
         self._admission = threading.Lock()  # guards `state` changes and the count of admitted sequences

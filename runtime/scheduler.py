@@ -1,11 +1,11 @@
-"""Which tokens the next step computes: a pure function of the live sequences and two budgets.
+"""Which tokens the next step computes: a pure function of the live sequences and a budget.
 
-Continuous batching with chunked prefill (the idea of Sarathi-Serve, arXiv 2403.02310): every decoding
-sequence gets its one token in every step; what is left of the budget goes to prompts in chunks.
-While others decode, the share of prompts is bounded so that a long prompt slows a stream by at most a
-known factor; the more prompts wait, the larger their share, up to the whole step.
-Among prompts the one with the fewest tokens left goes first, but waiting lowers its
-rank steadily, so that no prompt starves. It knows nothing of llama.cpp, threads or clocks.
+Continuous batching with chunked prefill (the idea of Sarathi-Serve, arXiv 2403.02310). While prompts
+wait, each of them may put `share` tokens between two tokens of the running streams, so a prompt slows a
+stream by a known amount, and a burst of prompts is through before the streams go on.
+Several prompts go in smaller steps, the one with the fewest tokens left first, so that they end one
+after another; waiting raises a prompt's rank steadily, so that none starves. It knows nothing of
+llama.cpp, threads or clocks.
 """
 
 from __future__ import annotations
@@ -32,33 +32,50 @@ class Chunk:
 
 @dataclass(slots=True, frozen=True)
 class Budget:
-    """Tokens a step may compute: in all, and for each waiting prompt while other sequences decode."""
+    """Tokens that may be computed.
+
+    step: in one step. prompts_step: of prompts in one step when several wait. share: of each prompt
+    between two tokens of a stream.
+    """
 
     step: int
-    prefill_while_decoding: int
+    prompts_step: int
+    share: int
 
 
 class Scheduler:
     """Packs steps. Invariants: no step exceeds its budget; every live sequence advances within a bounded
-    number of steps; decoding sequences advance in every step (as long as they fit in the budget)."""
+    number of steps; between two tokens of a stream at most `share` prompt tokens are computed for each
+    prompt that waited meanwhile (as long as all streams fit in a step)."""
 
     def __init__(self, budget: Budget) -> None:
         self.budget = budget
         self._waited: dict[int, int] = {}  # sequence id -> tokens of other prompts computed before it
+        self._between = 0  # prompt tokens computed since the streams had their last token
+        self._burst: set[int] = set()  # ids of the prompts that waited since then
 
     def plan(self, live: Iterable[Sequence]) -> list[Chunk]:
         """The next step's chunks, at most one a sequence; empty when nothing can be computed."""
-        decoding: list[Sequence] = []
-        prefilling: list[Sequence] = []
+        streams: list[Sequence] = []
+        prompts: list[Sequence] = []
         for sequence in live:
-            (decoding if sequence.drawn and sequence.remaining == 1 else prefilling).append(sequence)
-        chunks = [Chunk(s, s.computed, 1) for s in decoding[: self.budget.step]]
-        room = self.budget.step - len(chunks)
-        if decoding:
-            room = min(room, self.budget.prefill_while_decoding * len(prefilling))
-        if prefilling:
-            chunks.extend(self._prefill(prefilling, room))
-        return chunks
+            (streams if sequence.drawn and sequence.remaining == 1 else prompts).append(sequence)
+        budget = self.budget
+        if prompts and streams:
+            self._burst.update(sequence.id for sequence in prompts)
+        else:
+            self._between, self._burst = 0, set()  # nobody waits for the other
+        room = budget.step if len(prompts) == 1 else budget.prompts_step
+        allowed = budget.share * len(self._burst) - self._between
+        if streams and prompts and allowed >= room:
+            chunks = self._prefill(prompts, room)  # the streams' next tokens can wait for these
+            self._between += sum(chunk.count for chunk in chunks)
+            return chunks
+        chunks = [Chunk(sequence, sequence.computed, 1) for sequence in streams[: budget.step]]
+        if streams:
+            room = min(room, max(allowed, 1), budget.step - len(chunks))
+            self._between, self._burst = 0, set()
+        return chunks + self._prefill(prompts, room)
 
     def _prefill(self, prefilling: list[Sequence], room: int) -> list[Chunk]:
         ranked = sorted(prefilling, key=lambda s: (s.remaining - self._waited.get(s.id, 0), s.id))

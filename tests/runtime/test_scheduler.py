@@ -29,28 +29,48 @@ def advance(scheduler: Scheduler, live: list[Sequence]) -> dict[int, int]:
 
 
 @given(
-    st.lists(st.integers(1, 900), min_size=1, max_size=12),
+    st.lists(st.tuples(st.integers(0, 20), st.integers(1, 900)), min_size=1, max_size=12),
     st.integers(16, 256),
     st.integers(1, 64),
-    st.integers(1, 40),
+    st.integers(1, 64),
 )
-def test_budgets_hold_and_decoding_sequences_always_advance(
-    prompts: list[int], step: int, prefill: int, steps: int
+def test_budgets_hold_and_each_prompt_delays_a_stream_by_at_most_its_share(
+    arrivals: list[tuple[int, int]], step: int, prompts_step: int, share: int
 ) -> None:
-    scheduler = Scheduler(Budget(step=step, prefill_while_decoding=prefill))
-    live = [sequence(count) for count in prompts]
-    for _ in range(steps):
-        decoding = {s.id for s in live if s.drawn}
-        waiting = len(live) - len(decoding)
+    budget = Budget(step=step, prompts_step=min(prompts_step, step), share=min(share, step))
+    scheduler = Scheduler(budget)
+    live: list[Sequence] = []
+    between = 0  # prompt tokens since the streams had their last token
+    waited: set[int] = set()  # prompts that waited since then
+    for turn in range(40):
+        live += [sequence(count) for when, count in arrivals if when == turn]
+        streams = {s.id for s in live if s.drawn}
+        prompts = {s.id for s in live} - streams
         computed = advance(scheduler, live)
-        assert 0 < sum(computed.values()) <= step
-        assert decoding <= computed.keys()
-        if decoding:
-            assert sum(count for key, count in computed.items() if key not in decoding) <= prefill * waiting
+        assert sum(computed.values()) <= step
+        assert bool(computed) == bool(live), "whoever is there advances"
+        tokens = sum(count for key, count in computed.items() if key in prompts)
+        if streams and prompts:
+            waited |= prompts
+            between += tokens
+            assert between <= budget.share * len(waited) + 1
+        if not prompts or streams & computed.keys():
+            between, waited = 0, set()
+
+
+def test_a_burst_of_prompts_is_through_before_the_streams_go_on() -> None:
+    scheduler = Scheduler(Budget(step=256, prompts_step=64, share=64))
+    stream = sequence(1)
+    advance(scheduler, [stream])
+    live = [stream, *(sequence(40) for _ in range(8))]
+    steps = [advance(scheduler, live) for _ in range(5)]
+    assert all(stream.id not in step for step in steps[:4])
+    assert all(s.drawn for s in live)
+    assert stream.id in advance(scheduler, live)
 
 
 def test_a_long_prompt_is_not_starved_by_a_stream_of_short_ones() -> None:
-    scheduler = Scheduler(Budget(step=64, prefill_while_decoding=64))
+    scheduler = Scheduler(Budget(step=64, prompts_step=64, share=64))
     long = sequence(1000)
     live = [long]
     for _ in range(1, 1000 // 64 * 4):  # waiting must raise its rank in time
@@ -63,10 +83,10 @@ def test_a_long_prompt_is_not_starved_by_a_stream_of_short_ones() -> None:
 
 
 def test_short_prompts_pass_a_long_one_that_came_before() -> None:
-    scheduler = Scheduler(Budget(step=64, prefill_while_decoding=64))
+    scheduler = Scheduler(Budget(step=64, prompts_step=64, share=64))
     long, short = sequence(4000), sequence(20)
     assert advance(scheduler, [long, short]) == {short.id: 20, long.id: 44}
 
 
 def test_nothing_live_plans_nothing() -> None:
-    assert Scheduler(Budget(step=8, prefill_while_decoding=8)).plan([]) == []
+    assert Scheduler(Budget(step=8, prompts_step=8, share=8)).plan([]) == []
