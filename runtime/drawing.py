@@ -36,7 +36,7 @@ class Drawing:
         self._trail: deque[tuple[int, TokenLogprob]] = deque()  # (where its bytes begin, token)
 
     def draw(self, context: Context, index: int) -> int:
-        """The next token, from the logits after batch entry `index`. Raises EngineError if a grammar fails."""
+        """The token after batch entry `index`. Raises EngineError if the grammar fails."""
         if self._top is None and self._constraint is None:
             return self._sampler.sample(context, index)
         logits = context.logits(index)

@@ -106,8 +106,8 @@ class Engine:
             if len(sequences) > room:
                 self._counters.rejected += len(sequences)
                 raise QueueFull(
-                    f"Of {self.queue_limit} places in the queue {max(0, min(room, self.queue_limit))} are free, "
-                    f"and this request needs {len(sequences)}.",
+                    f"{max(0, min(room, self.queue_limit))} of {self.queue_limit} places in the queue are "
+                    f"free, and this request needs {len(sequences)}.",
                     retry_after=self._retry_after(),
                 )
             self._admitted += len(sequences)

@@ -54,9 +54,7 @@ def tool_grammar(
         return f"answer: {calls} | {_json(otherwise, lenient=False)}\n{''.join(rules)}"
     opening = "opening" if marker_is_token else "opening[lazy]"
     times = "*" if parallel else "?"
-    return (
-        f"answer: (opening call){times} TEXT\n{opening}: TEXT {marker}\nTEXT: /(.|\\n)*/\n{''.join(rules)}"
-    )
+    return f"answer: (opening call){times} TEXT\n{opening}: TEXT {marker}\nTEXT: /(.|\\n)*/\n{''.join(rules)}"
 
 
 def whole_grammar(

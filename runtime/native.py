@@ -333,7 +333,7 @@ class Context:
         return int(self._lib.llama_memory_seq_pos_max(self._memory, slot)) + 1
 
     def logits(self, index: int) -> Any:
-        """Logits [vocab] float32 after batch entry `index`: a writable numpy view, valid until the next decode."""
+        """Logits [vocab] float32 after batch entry `index`: a writable view, valid until the next decode."""
         import numpy as np
 
         pointer = self._lib.llama_get_logits_ith(self._pointer, index)
@@ -379,7 +379,9 @@ class EmbeddingContext:
             batch.logits[index] = 1
         code = int(self._lib.llama_decode(self._pointer, batch))
         if code != DECODE_OK:
-            raise EngineError(f"The engine could not compute this embedding: decoding failed with code {code}.")
+            raise EngineError(
+                f"The engine could not compute this embedding: decoding failed with code {code}."
+            )
         pointer = self._lib.llama_get_embeddings(self._pointer)
         return np.ctypeslib.as_array(pointer, shape=(len(tokens), self._width))
 

@@ -104,7 +104,5 @@ class Scheduler:
                 chunks.append(Chunk(sequence, sequence.computed, count))
                 left -= count
         given = {chunk.sequence.id: chunk.count for chunk in chunks}
-        self._waited = {
-            s.id: self._waited.get(s.id, 0) + (room - left) - given.get(s.id, 0) for s in ranked
-        }
+        self._waited = {s.id: self._waited.get(s.id, 0) + (room - left) - given.get(s.id, 0) for s in ranked}
         return chunks

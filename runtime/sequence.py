@@ -116,13 +116,13 @@ class Prefill:
 
 @dataclass(slots=True, frozen=True)
 class TokenLogprob:
-    """A token, its bytes, and its natural-log probability under the model, before any sampler option.
+    """A token, its text as bytes, and its natural-log probability under the model, before any sampler option.
 
     `top` holds (token, bytes, logprob) of the likeliest ones, the best first.
     """
 
     token: int
-    bytes: bytes
+    text: bytes
     logprob: float
     top: tuple[tuple[int, bytes, float], ...]
 

@@ -199,7 +199,8 @@ class ServedModel:
             thinking = "open" if text.rstrip().endswith(THINK_BEGIN) else "maybe"
         grammar = form.grammar(self._tools, thinking, marks=self._marks)
         constraints = [
-            None if grammar is None else self._grammars.constraint(grammar, param=form.param) for _ in range(count)
+            None if grammar is None else self._grammars.constraint(grammar, param=form.param)
+            for _ in range(count)
         ]
         tools = self._tools if form.offered else None
         return self._encoded(text), constraints, lambda: AnswerReader(tools=tools, thinking=thinking)

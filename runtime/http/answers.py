@@ -10,7 +10,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 from aiohttp import web
@@ -31,8 +31,8 @@ encode = msgspec.json.encode
 class ChatChoice:
     """A choice of a chat completion."""
 
-    opening: dict[str, Any] | None = {"delta": {"role": "assistant", "content": ""}}
-    closing: dict[str, Any] = {"delta": {}}
+    opening: ClassVar[dict[str, Any] | None] = {"delta": {"role": "assistant", "content": ""}}
+    closing: ClassVar[dict[str, Any]] = {"delta": {}}
 
     def __init__(self, generation: Generation) -> None:
         assert generation.reader is not None, "chat answers have a reader"
@@ -75,8 +75,8 @@ class ChatChoice:
 class TextChoice:
     """A choice of a completion."""
 
-    opening: dict[str, Any] | None = None
-    closing: dict[str, Any] = {"text": ""}
+    opening: ClassVar[dict[str, Any] | None] = None
+    closing: ClassVar[dict[str, Any]] = {"text": ""}
 
     def __init__(self, generation: Generation) -> None:
         self._logprobs = generation.sequence.options.top_logprobs is not None
@@ -87,7 +87,7 @@ class TextChoice:
     def feed(self, piece: Piece) -> list[dict[str, Any]]:
         shown: dict[str, Any] = {"text": piece.text}
         if self._logprobs:
-            start = sum(len(token.bytes.decode("utf-8", "replace")) for token in self._tokens)
+            start = sum(len(token.text.decode("utf-8", "replace")) for token in self._tokens)
             shown["logprobs"] = wording.text_logprobs(piece.tokens, start)
             self._tokens += piece.tokens
         self._parts.append(piece.text)
@@ -114,9 +114,7 @@ class Wording:
     choice: type[ChatChoice] | type[TextChoice]
 
 
-CHAT = Wording(
-    prefix="chatcmpl-", whole="chat.completion", chunk="chat.completion.chunk", choice=ChatChoice
-)
+CHAT = Wording(prefix="chatcmpl-", whole="chat.completion", chunk="chat.completion.chunk", choice=ChatChoice)
 TEXT = Wording(prefix="cmpl-", whole="text_completion", chunk="text_completion", choice=TextChoice)
 
 
@@ -196,7 +194,9 @@ class _Stream:
             if answer.include_usage:
                 ends = [_finished(generation) for generation in answer.generations]
                 usage = wording.usage_json(wording.usage_of(ends, prompts=answer.prompts))
-                await response.write(b"data: " + encode({**self._head, "choices": [], "usage": usage}) + b"\n\n")
+                await response.write(
+                    b"data: " + encode({**self._head, "choices": [], "usage": usage}) + b"\n\n"
+                )
             await response.write(b"data: [DONE]\n\n")
         except LichenError as error:
             await response.write(b"data: " + encode(error_body(error)) + b"\n\n")
@@ -247,9 +247,7 @@ class _Stream:
         before, _, after = self._chunk(index, shown).partition(encode(marker))
         return before, after
 
-    def _chunk(
-        self, index: int, shown: dict[str, Any], *, reason: str | None = None, **more: Any
-    ) -> bytes:
+    def _chunk(self, index: int, shown: dict[str, Any], *, reason: str | None = None, **more: Any) -> bytes:
         choice = {"index": index, "logprobs": None, **shown, "finish_reason": reason}
         chunk: dict[str, Any] = {**self._head, "choices": [choice], **more}
         if self._answer.include_usage:

@@ -91,7 +91,9 @@ class OllamaRoutes:
             async with self._pool.use(bare(name), keep_alive=wanted):
                 pass
         reason = "unload" if wanted == 0 else "load"
-        return json_response({"model": name, "created_at": now(), **empty, "done": True, "done_reason": reason})
+        return json_response(
+            {"model": name, "created_at": now(), **empty, "done": True, "done_reason": reason}
+        )
 
     async def embed(self, request: web.Request) -> web.Response:
         """A vector for each input."""
@@ -166,7 +168,12 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
         worded["thinking"] = message["reasoning_content"]
     if calls := message.get("tool_calls"):
         worded["tool_calls"] = [
-            {"function": {"name": call["function"]["name"], "arguments": _object(call["function"]["arguments"])}}
+            {
+                "function": {
+                    "name": call["function"]["name"],
+                    "arguments": _object(call["function"]["arguments"]),
+                }
+            }
             for call in calls
         ]
     return worded
@@ -265,7 +272,9 @@ def seconds(keep_alive: float | str | None) -> float | None:
         return keep_alive
     found = re.fullmatch(r"(-?)((?:\d+(?:\.\d+)?(?:ms|s|m|h)?)+)", keep_alive.strip())
     if found is None:
-        raise RequestError(f"keep_alive {keep_alive!r} is no length of time, such as 300 or 5m.", param="keep_alive")
+        raise RequestError(
+            f"keep_alive {keep_alive!r} is no length of time, such as 300 or 5m.", param="keep_alive"
+        )
     scale = {"ms": 1e-3, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0}
     total = sum(float(n) * scale[unit] for n, unit in re.findall(r"(\d+(?:\.\d+)?)(ms|s|m|h|)", found[2]))
     return -total if found[1] else total

@@ -73,7 +73,9 @@ class ModelFacts:
                 "parameters": "",
                 "template": metadata.get("tokenizer.chat_template", ""),
                 "details": _details(manifest, summary),
-                "model_info": {key: value for key, value in metadata.items() if key != "tokenizer.chat_template"},
+                "model_info": {
+                    key: value for key, value in metadata.items() if key != "tokenizer.chat_template"
+                },
                 "capabilities": list(CAPABILITIES),
                 "modified_at": manifest.pulled_at,
             }

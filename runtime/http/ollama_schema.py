@@ -26,7 +26,16 @@ _NEUTRAL: dict[str, float | bool] = {
     "repeat_last_n": PENALTY_WINDOW,
     "penalize_newline": True,
 }
-_DRAWN = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "presence_penalty", "frequency_penalty", "seed")
+_DRAWN = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repeat_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+)
 
 
 class Options(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):

@@ -140,7 +140,10 @@ class ChatMessage(msgspec.Struct, forbid_unknown_fields=True):
         """As chat templates expect it."""
         content = self.content
         text = "".join(part.text for part in content) if isinstance(content, list) else content or ""
-        message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        message: dict[str, Any] = {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": text,
+        }
         if self.tool_calls:
             message["tool_calls"] = [msgspec.to_builtins(call) for call in self.tool_calls]
         for name in ("name", "tool_call_id", "reasoning_content"):
@@ -247,7 +250,9 @@ class ChatBody(Body, kw_only=True, forbid_unknown_fields=True):
         spec = wanted.json_schema if isinstance(wanted, JSONSchemaFormat) else None
         schema = JSON_OBJECT if isinstance(wanted, JSONObjectFormat) else spec.schema if spec else None
         if spec is not None and schema is None:
-            raise RequestError("The field response_format.json_schema.schema is required.", param="response_format")
+            raise RequestError(
+                "The field response_format.json_schema.schema is required.", param="response_format"
+            )
         return AnswerForm(
             tools=tools,
             tool_choice=name,
@@ -284,7 +289,7 @@ class CompletionBody(Body, kw_only=True, forbid_unknown_fields=True):
 
 
 class EmbeddingsBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """`POST /v1/embeddings`. truncate: cut an input that is too long instead of refusing it (lichen's own)."""
+    """`POST /v1/embeddings`. truncate (lichen's own): cut an input that is too long, do not refuse it."""
 
     input: str | list[str | int | list[int]]
     model: str | None = None

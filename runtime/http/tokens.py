@@ -35,7 +35,9 @@ class TokenRoutes:
         tokens = await asyncio.to_thread(model.tokenize, body.content, add_bos=body.add_special)
         if not body.with_pieces:
             return json_response({"tokens": tokens})
-        return json_response({"tokens": [{"id": token, "piece": _piece(model.piece(token))} for token in tokens]})
+        return json_response(
+            {"tokens": [{"id": token, "piece": _piece(model.piece(token))} for token in tokens]}
+        )
 
     async def detokenize(self, request: web.Request) -> web.Response:
         """The text of token ids."""

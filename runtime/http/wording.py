@@ -1,4 +1,4 @@
-"""How OpenAI words answers: choices, deltas, tool calls, log-probabilities and usage as plain dictionaries."""
+"""How OpenAI words answers: messages, deltas, log-probabilities and usage as plain dictionaries."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def chat_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
 
     content = [
         {
-            **entry(token.bytes, token.logprob),
+            **entry(token.text, token.logprob),
             "top_logprobs": [entry(text, logprob) for _, text, logprob in token.top],
         }
         for token in tokens
@@ -82,9 +82,9 @@ def text_logprobs(tokens: Sequence[TokenLogprob], start: int) -> dict[str, Any]:
     offsets = []
     for token in tokens:
         offsets.append(start)
-        start += len(token.bytes.decode("utf-8", "replace"))
+        start += len(token.text.decode("utf-8", "replace"))
     return {
-        "tokens": [token.bytes.decode("utf-8", "replace") for token in tokens],
+        "tokens": [token.text.decode("utf-8", "replace") for token in tokens],
         "token_logprobs": [token.logprob for token in tokens],
         "top_logprobs": [
             {text.decode("utf-8", "replace"): logprob for _, text, logprob in token.top} for token in tokens

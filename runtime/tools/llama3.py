@@ -9,5 +9,7 @@ FORMAT = ToolFormat(
     before_name="",
     before_arguments='", "parameters": ',
     tail="}",
-    matches=lambda template: '"parameters": dictionary of argument' in template or "<|python_tag|>" in template,
+    matches=lambda template: (
+        '"parameters": dictionary of argument' in template or "<|python_tag|>" in template
+    ),
 )

@@ -14,7 +14,9 @@ from lichen.runtime.tools import ToolFormat, formats
 HERMES, LLAMA = formats()["hermes"], formats()["llama3"]
 
 
-def read(text: str, cuts: list[int], tools: ToolFormat | None, thinking: Thinking) -> tuple[str, str, list[tuple[str, str]]]:
+def read(
+    text: str, cuts: list[int], tools: ToolFormat | None, thinking: Thinking
+) -> tuple[str, str, list[tuple[str, str]]]:
     """What is said, thought and called, when the text comes in pieces."""
     reader = AnswerReader(tools=tools, thinking=thinking)
     parts: list[Part] = []
@@ -67,7 +69,9 @@ def test_a_call_after_thinking(cuts: list[int]) -> None:
     assert read(text, cuts, HERMES, "maybe") == ("", "I need it.", [("get", '{"a": "}"}')])
 
 
-@pytest.mark.parametrize("text", ["<tool_call>", "<tool_call>never", '<tool_call>\n{"nam', "<tool_", "< tool_call>"])
+@pytest.mark.parametrize(
+    "text", ["<tool_call>", "<tool_call>never", '<tool_call>\n{"nam', "<tool_", "< tool_call>"]
+)
 def test_what_only_looks_like_a_call_stays_text(text: str) -> None:
     said, _, calls = read(text, [3, 9], HERMES, None)
     assert (said, calls) == (text, [])

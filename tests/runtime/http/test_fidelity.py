@@ -26,14 +26,20 @@ def client(daemon: RunningDaemon) -> Iterator[openai.OpenAI]:
 def test_n_answers_share_one_prefill(client: openai.OpenAI, daemon: RunningDaemon) -> None:
     before = daemon.counters()
     answer = client.chat.completions.create(
-        model="default", messages=[{"role": "user", "content": "Tell me about lakes. " * 30}], n=4, max_tokens=8, seed=3
+        model="default",
+        messages=[{"role": "user", "content": "Tell me about lakes. " * 30}],
+        n=4,
+        max_tokens=8,
+        seed=3,
     )
     after = daemon.counters()
     assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
     assert len({choice.message.content for choice in answer.choices}) > 1
     assert answer.usage is not None
     prompt = answer.usage.prompt_tokens
-    computed = (after["prompt_tokens"] - before["prompt_tokens"]) - (after["cached_tokens"] - before["cached_tokens"])
+    computed = (after["prompt_tokens"] - before["prompt_tokens"]) - (
+        after["cached_tokens"] - before["cached_tokens"]
+    )
     assert computed <= prompt + 3, "the other three start from the first one's cells"
     assert answer.usage.completion_tokens == after["completion_tokens"] - before["completion_tokens"]
 
@@ -124,7 +130,11 @@ def test_a_deterministic_request_repeats_to_the_bit_beside_others(
 
 
 def test_embeddings_float_base64_and_batched(client: openai.OpenAI) -> None:
-    texts = ["A cat sleeps on the sofa.", "A kitten naps on the couch.", "The stock market fell by two per cent."]
+    texts = [
+        "A cat sleeps on the sofa.",
+        "A kitten naps on the couch.",
+        "The stock market fell by two per cent.",
+    ]
     answer = client.embeddings.create(model="default", input=texts, encoding_format="float")
     vectors = [entry.embedding for entry in answer.data]
     assert all(math.isclose(sum(x * x for x in vector), 1, rel_tol=1e-4) for vector in vectors)
@@ -134,14 +144,20 @@ def test_embeddings_float_base64_and_batched(client: openai.OpenAI) -> None:
     raw: Any = single.data[0].embedding
     decoded = struct.unpack(f"<{len(vectors[1])}f", base64.b64decode(raw))
     assert decoded == pytest.approx(vectors[1], abs=1e-6)
-    assert client.embeddings.create(model="default", input=texts[1]).data[0].embedding == pytest.approx(vectors[1], abs=1e-6)
+    assert client.embeddings.create(model="default", input=texts[1]).data[0].embedding == pytest.approx(
+        vectors[1], abs=1e-6
+    )
     assert answer.usage.prompt_tokens == answer.usage.total_tokens > 15
 
 
 def test_an_embedding_does_not_disturb_a_stream(client: openai.OpenAI, daemon: RunningDaemon) -> None:
     options: Any = {"prompt": "Count: 1, 2, 3,", "max_tokens": 40, "temperature": 0}
-    alone = httpx.post(f"{daemon.base_url}/completions", json=options, timeout=60).json()["choices"][0]["text"]
-    with httpx.stream("POST", f"{daemon.base_url}/completions", json={**options, "stream": True}, timeout=60) as stream:
+    alone = httpx.post(f"{daemon.base_url}/completions", json=options, timeout=60).json()["choices"][0][
+        "text"
+    ]
+    with httpx.stream(
+        "POST", f"{daemon.base_url}/completions", json={**options, "stream": True}, timeout=60
+    ) as stream:
         lines = stream.iter_lines()
         next(lines)
         client.embeddings.create(model="default", input="moss " * 600)

@@ -31,7 +31,10 @@ WEATHER: dict[str, Any] = {
 }
 CLOCK: dict[str, Any] = {
     "type": "function",
-    "function": {"name": "get_time", "parameters": {"type": "object", "properties": {}, "additionalProperties": False}},
+    "function": {
+        "name": "get_time",
+        "parameters": {"type": "object", "properties": {}, "additionalProperties": False},
+    },
 }
 ASKED = [{"role": "user", "content": "What is the weather in Paris, in celsius?"}]
 
@@ -139,7 +142,11 @@ def test_auto_allows_text_and_a_tool_result_goes_back(client: openai.OpenAI) -> 
     first = ask(client, tools=[WEATHER], tool_choice="auto", max_tokens=60)
     message = first.choices[0].message
     assert message.content or message.tool_calls
-    call = {"id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Paris"}'}}
+    call = {
+        "id": "call_1",
+        "type": "function",
+        "function": {"name": "get_weather", "arguments": '{"city": "Paris"}'},
+    }
     second = ask(
         client,
         tools=[WEATHER],
@@ -168,7 +175,15 @@ def test_none_never_calls(client: openai.OpenAI) -> None:
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools"),
         ({"tools": [{"type": "retrieval"}]}, "tools"),
         ({"messages": [{"role": "user"}]}, "content"),
-        ({"messages": [{"role": "user", "content": "x", "tool_calls": []}, {"role": "wizard", "content": ""}]}, "role"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "x", "tool_calls": []},
+                    {"role": "wizard", "content": ""},
+                ]
+            },
+            "role",
+        ),
     ],
 )
 def test_wrong_tools_are_a_400_that_names_them(client: openai.OpenAI, fields: Any, word: str) -> None:
