@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,32 @@ import msgspec
 
 from lichen.config import Config, load, override
 from lichen.errors import LichenError, RequestError, Unavailable
+from lichen.runtime.answer import CallArguments, CallBegins, Part, Said, Thought
+from lichen.runtime.answer_form import AnswerForm
 from lichen.runtime.generation import Generation
 from lichen.runtime.sequence import Finished, FinishReason, Piece, SamplingOptions, Timings, Usage
 from lichen.runtime.served_model import ModelOptions, ServedModel
+from lichen.runtime.tools import Tool
 from lichen.sync.store import PullProgress, Store
 
 
+class ToolCall(msgspec.Struct, frozen=True):
+    """A tool that the model calls; `arguments` is JSON text that the tool's schema allows."""
+
+    id: str
+    name: str
+    arguments: str
+
+
 class Completion(msgspec.Struct, frozen=True, kw_only=True):
-    """A finished answer. finish_reason: "stop" (the model or a stop string ended it) or "length"."""
+    """A finished answer. finish_reason: "stop" (the model or a stop string ended it) or "length".
+
+    reasoning: what a model that thinks wrote before its answer.
+    """
 
     text: str
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
     finish_reason: FinishReason
     usage: Usage
     timings: Timings
@@ -45,7 +62,8 @@ class ChatStream:
     def __init__(self, begin: Callable[[], Awaitable[Generation]]) -> None:
         self._begin = begin
         self._generation: Generation | None = None
-        self._parts: list[str] = []
+        self._parts: list[Part] = []
+        self._ready: deque[str] = deque()
         self.completion: Completion | None = None
 
     def __aiter__(self) -> AsyncIterator[str]:
@@ -54,18 +72,24 @@ class ChatStream:
     async def __anext__(self) -> str:
         if self._generation is None:
             self._generation = await self._begin()
-        async for event in self._generation:
+        while not self._ready:
+            try:
+                event = await anext(self._generation)
+            except StopAsyncIteration:
+                break
             if isinstance(event, Piece):
-                self._parts.append(event.text)
-                return event.text
-            if isinstance(event, Finished):
-                self.completion = Completion(
-                    text="".join(self._parts),
-                    finish_reason=event.reason,
-                    usage=event.usage,
-                    timings=event.timings,
-                )
+                reader = self._generation.reader
+                self._take(reader.feed(event.text) if reader else [Said(event.text)])
+            elif isinstance(event, Finished):
+                self._take(self._generation.reader.flush() if self._generation.reader else [])
+                self.completion = _completion(self._parts, event)
+        if self._ready:
+            return self._ready.popleft()
         raise StopAsyncIteration
+
+    def _take(self, parts: list[Part]) -> None:
+        self._parts += parts
+        self._ready.extend(part.text for part in parts if isinstance(part, Said))
 
     async def finish(self) -> Completion:
         """Read to the end and return the whole answer."""
@@ -143,19 +167,83 @@ class Runtime:
             )
         return served
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> ChatStream:
-        """Answer a conversation: messages of {"role", "content"}; options as in `SamplingOptions`."""
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        schema: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+        tool_choice: str = "auto",
+        **options: Any,
+    ) -> ChatStream:
+        """Answer a conversation: messages of {"role", "content"}; options as in `SamplingOptions`.
+
+        schema: the answer is JSON that it allows. tools: as in OpenAI's API; tool_choice: "auto", "none",
+        "required" or a tool's name. Calls stand in the stream's `completion`.
+        """
+        form = _form(schema, tools, tool_choice)
         sampling = _sampling(options)
-        return ChatStream(lambda: self.served.chat(messages, sampling))
+
+        async def begin() -> Generation:
+            return (await self.served.chat(messages, sampling, form))[0]
+
+        return ChatStream(begin)
 
     def generate(self, prompt: str | list[int], **options: Any) -> ChatStream:
         """Continue a text (or token ids) as it is, without a chat template."""
         sampling = _sampling(options)
-        return ChatStream(lambda: self.served.complete(prompt, sampling))
+
+        async def begin() -> Generation:
+            return (await self.served.complete(prompt, sampling))[0]
+
+        return ChatStream(begin)
+
+    async def embed(self, text: str | list[int], *, truncate: bool = False) -> list[float]:
+        """The embedding [width] of a text, of length 1. truncate: cut a text that is too long."""
+        vector, _ = await self.served.embed(text, truncate=truncate)
+        return vector
 
     async def complete(self, prompt: str | list[int], **options: Any) -> Completion:
         """As `generate`, but the whole answer at once."""
         return await self.generate(prompt, **options).finish()
+
+
+def _completion(parts: Sequence[Part], finished: Finished) -> Completion:
+    begun = [part for part in parts if isinstance(part, CallBegins)]
+    written = [part for part in parts if isinstance(part, CallArguments)]
+    calls = (
+        ToolCall(call.id, call.name, "".join(part.text for part in written if part.index == call.index))
+        for call in begun
+    )
+    return Completion(
+        text="".join(part.text for part in parts if isinstance(part, Said)),
+        reasoning="".join(part.text for part in parts if isinstance(part, Thought)),
+        tool_calls=tuple(calls),
+        finish_reason=finished.reason,
+        usage=finished.usage,
+        timings=finished.timings,
+    )
+
+
+def _form(schema: Mapping[str, Any] | None, tools: Sequence[Mapping[str, Any]], choice: str) -> AnswerForm:
+    """Raises RequestError for tools in another shape than OpenAI's, or a choice that is none of them."""
+    try:
+        known = tuple(
+            Tool(
+                function["name"],
+                function.get("description") or "",
+                function.get("parameters") or {"type": "object", "properties": {}},
+            )
+            for function in (tool["function"] for tool in tools)
+        )
+    except (LookupError, TypeError, AttributeError) as error:
+        raise RequestError(
+            "A tool must be {'type': 'function', 'function': {'name': …, 'parameters': …}}.", param="tools"
+        ) from error
+    named = choice not in ("auto", "none", "required")
+    if named and choice not in {tool.name for tool in known}:
+        raise RequestError(f"tool_choice names {choice!r}, which is not in tools.", param="tool_choice")
+    return AnswerForm(tools=known, tool_choice=choice, named=named, schema=schema)
 
 
 def _sampling(options: dict[str, Any]) -> SamplingOptions:

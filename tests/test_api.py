@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import subprocess
 import sys
 import threading
@@ -108,6 +109,36 @@ async def test_wrong_options_are_named(
 async def test_a_prompt_over_the_context_is_refused(runtime: Runtime) -> None:
     with pytest.raises(ContextOverflow, match="512"):
         await runtime.complete("word " * 600)
+
+
+async def test_a_schema_and_a_tool_in_the_embedded_api(runtime: Runtime) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"n": {"type": "integer", "minimum": 1, "maximum": 9}},
+        "required": ["n"],
+    }
+    question = [{"role": "user", "content": "A number?"}]
+    answer = await runtime.chat(
+        question, schema=schema | {"additionalProperties": False}, max_tokens=60
+    ).finish()
+    assert 1 <= json.loads(answer.text)["n"] <= 9
+    tool = {
+        "type": "function",
+        "function": {"name": "roll", "parameters": schema | {"additionalProperties": False}},
+    }
+    called = await runtime.chat(question, tools=[tool], tool_choice="roll", max_tokens=60).finish()
+    assert [call.name for call in called.tool_calls] == ["roll"]
+    assert 1 <= json.loads(called.tool_calls[0].arguments)["n"] <= 9
+    assert called.text == ""
+    with pytest.raises(RequestError, match="tool_choice"):
+        runtime.chat(question, tools=[tool], tool_choice="sing")
+    with pytest.raises(RequestError, match="tool"):
+        runtime.chat(question, tools=[{"name": "roll"}])
+
+
+async def test_an_embedding_has_length_one(runtime: Runtime) -> None:
+    vector = await runtime.embed("moss")
+    assert sum(x * x for x in vector) == pytest.approx(1, rel=1e-4)
 
 
 async def test_before_open_and_after_close_it_says_so(model_path: Path) -> None:

@@ -26,6 +26,7 @@ from lichen.errors import ConfigError, LichenError, Unavailable
 from lichen.runtime import native
 from lichen.runtime.http.guard import LOOPBACK, Guard
 from lichen.runtime.http.openai import OpenAIRoutes
+from lichen.runtime.http.tokens import TokenRoutes
 from lichen.runtime.served_model import ServedModel
 
 log = logging.getLogger("lichen.http")
@@ -82,7 +83,9 @@ class Daemon:
         """The aiohttp application with every route."""
         app = web.Application(middlewares=[self._guard.middleware], client_max_size=self.options.max_body)
         app.on_response_prepare.append(self._guard.allow_reading)
-        app.add_routes(OpenAIRoutes(self.current).routes())
+        openai = OpenAIRoutes(self.current)
+        app.add_routes(openai.routes())
+        app.add_routes(TokenRoutes(openai.named).routes())
         app.add_routes(
             [
                 web.get("/health", self.health),
