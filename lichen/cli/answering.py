@@ -166,7 +166,9 @@ def _trust(config: Config) -> ssl.SSLContext:
     try:
         context.load_verify_locations(config.tls_cert)
     except (OSError, ssl.SSLError) as error:
-        raise ConfigError(f"{config.tls_cert} of the setting tls_cert is not a certificate in PEM form.") from error
+        raise ConfigError(
+            f"{config.tls_cert} of the setting tls_cert is not a certificate in PEM form."
+        ) from error
     return context
 
 

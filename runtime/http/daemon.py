@@ -66,7 +66,7 @@ class DaemonOptions(msgspec.Struct, frozen=True, kw_only=True):
             return
         raise ConfigError(
             f"Listening on {self.host} lets its whole network use this model, and no API key is set.",
-            hint="Make one with 'lichen keys create NAME', set LICHEN_API_KEY, or say --allow-unauthenticated.",
+            hint="Make one: lichen keys create NAME. Or set LICHEN_API_KEY, or say --allow-unauthenticated.",
         )
 
 

@@ -104,11 +104,15 @@ class Guard:
                 kept = self._keys.verify(given) if given else None
             except ConfigError as error:
                 log.error("%s", error)
-                raise Unavailable("The API keys of this daemon cannot be read.", hint="Its log says why.") from error
+                raise Unavailable(
+                    "The API keys of this daemon cannot be read.", hint="Its log says why."
+                ) from error
             if kept is not None:
                 return kept.id
         if self._locked:
-            raise Unauthorized("This daemon needs an API key.", hint="Send the header: Authorization: Bearer KEY")
+            raise Unauthorized(
+                "This daemon needs an API key.", hint="Send the header: Authorization: Bearer KEY"
+            )
         return None
 
     def _check_host(self, request: web.Request) -> None:
@@ -207,7 +211,8 @@ async def _told(error: LichenError, request: web.Request) -> web.StreamResponse:
     begun: web.StreamResponse | None = None if exchange is None else exchange.response
     if begun is None:
         return error_response(error)
-    if begun.content_type != "text/event-stream":  # it must not look complete
+    # What is no stream of events must not look complete; a client that does not read is not waited for.
+    if begun.content_type != "text/event-stream" or request.protocol.writing_paused:
         if request.transport is not None:
             request.transport.abort()
         return begun

@@ -83,7 +83,9 @@ class KeyStore:
         with self._locked():
             keys = self._read()
             if any(other.name == name and not other.revoked for other in keys):
-                raise ConfigError(f"There is a key named {name!r} already.", hint="Revoke it, or take another name.")
+                raise ConfigError(
+                    f"There is a key named {name!r} already.", hint="Revoke it, or take another name."
+                )
             self._write((*keys, key))
         return secret
 
@@ -207,7 +209,9 @@ class KeyStore:
             lock = FileLock(f"{self.path}.lock", timeout=LOCK_TIMEOUT, mode=0o600)
             lock.acquire()
         except Timeout as error:
-            raise ConfigError(f"Another process holds the key file {self.path}.", hint="Try again.") from error
+            raise ConfigError(
+                f"Another process holds the key file {self.path}.", hint="Try again."
+            ) from error
         except OSError as error:
             raise self._unreadable(error) from error
         try:

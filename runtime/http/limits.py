@@ -107,32 +107,36 @@ async def read_body(request: web.Request, limit_s: float) -> bytes:
 async def cut_stalled(server: web.Server, limit_s: float) -> None:
     """Watch a server's connections for ever: cut one whose client has stopped reading for limit_s seconds.
 
-    A connection stalls while its buffer is over the high-water mark, or while it closes with bytes unsent.
-    Nobody adds to a buffer then, so what one client can hold in memory is bounded too. One task for all
-    connections costs a token nothing, which a timer around every write would.
+    A connection stands still while its buffer is over the high-water mark and none of it leaves, or while it
+    closes with bytes unsent. Its handler waits meanwhile, so what one client holds in memory is bounded.
+    One task for all connections costs a token nothing, which a timer around every write would.
+
+    Not covered: a client that reads a little now and then; `Deadlines` ends its request.
     """
     loop = asyncio.get_running_loop()
-    since: dict[asyncio.Transport, float] = {}
-    protocols: dict[web.RequestHandler, asyncio.Transport] = {}
+    open_now: dict[web.RequestHandler, asyncio.Transport] = {}
+    standing: dict[asyncio.Transport, tuple[object, float]] = {}  # how it stands, and since when
     while True:
         await asyncio.sleep(limit_s / SWEEPS)
         now = loop.time()
         # A handler forgets its transport when it closes it, with bytes still unsent.
-        protocols = {
-            each: transport
-            for each in server.connections
-            if (transport := each.transport or protocols.get(each)) is not None
+        open_now = {
+            handler: transport
+            for handler in server.connections
+            if (transport := handler.transport or open_now.get(handler)) is not None
         }
-        stalled = {
-            transport: since.get(transport, now)
-            for each, transport in protocols.items()
-            if each.writing_paused or (transport.is_closing() and transport.get_write_buffer_size())
-        }
-        for transport, first in stalled.items():
-            if now - first >= limit_s * (1 - 1 / SWEEPS):
+        before, standing = standing, {}
+        for handler, transport in open_now.items():
+            unsent = transport.get_write_buffer_size()
+            closing = transport.is_closing()
+            if not unsent or not (closing or handler.writing_paused):
+                continue
+            how = "closing" if closing else unsent
+            then, since = before.get(transport, (how, now))
+            standing[transport] = (how, since if how == then else now)
+            if now - standing[transport][1] >= limit_s * (1 - 1 / SWEEPS):
                 log.info("A client stopped reading its answer; its connection was cut.")
                 transport.abort()  # the handler is cancelled, and its generation with it
-        since = stalled
 
 
 def server_limits(read_timeout: float) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""TLS for the daemon: a context from a certificate and its key, or one sentence about what is wrong with them."""
+"""TLS for the daemon: a context from a certificate and its key, or one sentence about what is wrong."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _check_readable(setting: str, path: Path) -> None:
 
 
 def _explained(error: ssl.SSLError, certificate: Path, key: Path) -> str:
-    if error.reason == "KEY_VALUES_MISMATCH":
+    if error.reason in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"):
         return f"The key {key} does not belong to the certificate {certificate}."
     if error.reason in ("BAD_DECRYPT", "BAD_PASSWORD_READ", "MAYBE_WRONG_PASSWORD"):
         return f"The key {key} is encrypted; lichen needs one without a password."
