@@ -12,7 +12,22 @@ from lichen import errors
 from lichen.config import SETTINGS
 
 FOLDER = Path(__file__).resolve().parent / "reference"
-COMMANDS = ("", "chat", "run", "serve", "pull", "models", "rm", "ps", "doctor", "config")
+COMMANDS = (
+    "",
+    "chat",
+    "run",
+    "serve",
+    "pull",
+    "models",
+    "rm",
+    "keys",
+    "keys create",
+    "keys list",
+    "keys revoke",
+    "ps",
+    "doctor",
+    "config",
+)
 
 
 def errors_page() -> str:
@@ -51,7 +66,7 @@ def commands_page() -> str:
     environment = {**os.environ, "COLUMNS": "100", "TERM": "dumb", "NO_COLOR": "1", "TERMINAL_WIDTH": "100"}
     parts = ["# Commands", ""]
     for command in COMMANDS:
-        words = [word for word in (command, "--help") if word]
+        words = [*command.split(), "--help"]
         text = subprocess.run(
             [sys.executable, "-m", "lichen.cli", *words],
             capture_output=True,

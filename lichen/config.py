@@ -44,6 +44,7 @@ _BOOLEANS = {
 }
 
 OriginKind = Literal["flag", "argument", "environment", "file", "default"]
+LogFormat = Literal["text", "json"]
 LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 
 
@@ -159,6 +160,41 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             bytes=True,
         ),
     ] = 8 << 20
+    rate_limit: Annotated[
+        Annotated[int, Meta(ge=0, le=1_000_000)],
+        _about(
+            "Requests a minute that one API key may send, or one address where no key is needed; past it "
+            "a request is refused with status 429. 0 is no limit.",
+            metavar="REQUESTS",
+        ),
+    ] = 0
+    request_timeout: Annotated[
+        Annotated[float, Meta(ge=0, le=86_400)],
+        _about(
+            "Seconds after which an answer that is not complete is cancelled with status 504; 0 is no limit.",
+            metavar="SECONDS",
+        ),
+    ] = 600.0
+    read_timeout: Annotated[
+        Annotated[float, Meta(ge=0.1, le=3600)],
+        _about(
+            "Seconds that a client gets to send its headers, and again for the body; an idle connection is "
+            "closed after as long.",
+            metavar="SECONDS",
+        ),
+    ] = 30.0
+    write_timeout: Annotated[
+        Annotated[float, Meta(ge=0.1, le=3600)],
+        _about("Seconds after which a client that does not read its answer is cut off.", metavar="SECONDS"),
+    ] = 60.0
+    tls_cert: Annotated[
+        Path | None,
+        _about("Certificate in PEM form: the daemon then speaks HTTPS. A Unix socket goes without."),
+    ] = None
+    tls_key: Annotated[
+        Path | None,
+        _about("Private key of tls_cert in PEM form, without a password; needed unless tls_cert holds it."),
+    ] = None
     drain_timeout: Annotated[
         Annotated[float, Meta(ge=0, le=3600)],
         _about("Seconds that running answers get to finish when the daemon stops.", metavar="SECONDS"),
@@ -167,6 +203,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     log_level: Annotated[
         LogLevel, _about("Least severe log lines to show, on standard error.", metavar="LEVEL")
     ] = "warning"
+    log_format: Annotated[
+        LogFormat,
+        _about(
+            "Form of the log lines; level info has one line a request, never with its content.",
+            metavar="FORMAT",
+        ),
+    ] = "text"
 
     def __repr__(self) -> str:
         """As usual, but a secret never reaches a log or a traceback."""

@@ -10,6 +10,8 @@
     ├── Forbidden                     403  Host or Origin not allowed
     ├── NotFound                      404  no such model, route or response
     ├── QueueFull                     429  admission queue is full; carries `retry_after` seconds
+    ├── RateLimited                   429  too many requests from one client; carries `retry_after`
+    ├── TimedOut                      504  no complete answer within the time that a request gets
     ├── Unavailable                   503  shutting down, loading, or the engine is gone
     ├── ConfigError                   500  a flag, variable or file holds a bad value
     ├── StoreError                    500  the model store could not do it
@@ -126,6 +128,25 @@ class QueueFull(LichenError):
     def __init__(self, message: str, *, retry_after: int) -> None:
         super().__init__(message, hint=f"Try again in {retry_after} s.")
         self.retry_after = retry_after
+
+
+class RateLimited(LichenError):
+    """One client sent too many requests; try again after `retry_after` seconds."""
+
+    status = 429
+    code = "rate_limited"
+    kind = "rate_limit_error"
+
+    def __init__(self, message: str, *, retry_after: int) -> None:
+        super().__init__(message, hint=f"Try again in {retry_after} s.")
+        self.retry_after = retry_after
+
+
+class TimedOut(LichenError):
+    """The request was not answered in time; its generation is cancelled."""
+
+    status = 504
+    code = "timed_out"
 
 
 class Unavailable(LichenError):

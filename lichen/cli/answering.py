@@ -7,9 +7,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lichen.errors import EngineError, LichenError, Unauthorized, Unavailable
+from lichen.errors import ConfigError, EngineError, LichenError, Unauthorized, Unavailable
 
 if TYPE_CHECKING:
+    import ssl
+
     import httpx
 
     from lichen.api import Runtime
@@ -138,15 +140,36 @@ async def daemon_client(config: Config) -> AsyncIterator[httpx.AsyncClient]:
 
     headers = {"Authorization": f"Bearer {config.api_key}"} if config.api_key else {}
     transport = httpx.AsyncHTTPTransport(uds=str(config.uds)) if config.uds else None
-    base = "http://localhost" if config.uds else f"http://{_address(config)}"
+    tls = config.tls_cert is not None and config.uds is None
+    base = "http://localhost" if config.uds else f"{'https' if tls else 'http'}://{_address(config)}"
     async with httpx.AsyncClient(
         base_url=base,
         headers=headers,
         transport=transport,
+        verify=_trust(config) if tls else True,
         timeout=httpx.Timeout(None, connect=2),
         trust_env=False,
     ) as client:
         yield client
+
+
+def _trust(config: Config) -> ssl.SSLContext:
+    """Trust in the daemon's own certificate and nothing else. Raises ConfigError when it cannot be read.
+
+    Within this machine its names do not matter: few certificates name 127.0.0.1.
+    """
+    import ssl
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = config.host not in ("127.0.0.1", "localhost", "::1", "0.0.0.0", "::")
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # it need not be its own authority
+    try:
+        context.load_verify_locations(config.tls_cert)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(
+            f"{config.tls_cert} of the setting tls_cert is not a certificate in PEM form."
+        ) from error
+    return context
 
 
 def _address(config: Config) -> str:

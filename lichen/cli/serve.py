@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import sys
 from concurrent.futures import Future
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from lichen.cli.settings import complete_model, config_of
+from lichen.runtime.http.log_format import configure_logging
 
 if TYPE_CHECKING:
     from lichen.config import Config
@@ -20,6 +20,14 @@ if TYPE_CHECKING:
 
 Text = Optional[str]
 Number = Optional[int]
+Decimal = Optional[float]
+# Options whose names on the command line read better than those of their settings.
+RENAMED = {
+    "allow_unauthenticated": "insecure_bind",
+    "allowed_host": "allowed_hosts",
+    "allowed_origin": "allowed_origins",
+    "context_tokens": "context",
+}
 
 
 def register(app: typer.Typer) -> None:
@@ -47,33 +55,20 @@ def serve(
     threads: Annotated[Number, typer.Option(help="Threads that compute; 0: the physical cores.")] = None,
     queue: Annotated[Number, typer.Option(help="Requests that may wait for a slot.")] = None,
     max_body: Annotated[Text, typer.Option(help="Largest request body in bytes.")] = None,
-    drain_timeout: Annotated[
-        float | None, typer.Option(help="Seconds to finish answers when stopping.")
-    ] = None,
+    rate_limit: Annotated[Number, typer.Option(help="Requests a minute and client; 0: no limit.")] = None,
+    request_timeout: Annotated[Decimal, typer.Option(help="Seconds for an answer; 0: no limit.")] = None,
+    read_timeout: Annotated[Decimal, typer.Option(help="Seconds for headers, and for a body.")] = None,
+    write_timeout: Annotated[Decimal, typer.Option(help="Seconds that a client may not read.")] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="Certificate (PEM): speak HTTPS.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Private key of the certificate (PEM).")] = None,
+    drain_timeout: Annotated[Decimal, typer.Option(help="Seconds to finish answers when stopping.")] = None,
     log_level: Annotated[Text, typer.Option(help="debug, info, warning, error or critical.")] = None,
+    log_format: Annotated[Text, typer.Option(help="text or json.")] = None,
 ) -> None:
     """Serve a model over an OpenAI-compatible HTTP API."""
-    config = config_of(
-        context,
-        model=model,
-        host=host,
-        port=port,
-        uds=uds,
-        api_key=api_key,
-        insecure_bind=allow_unauthenticated,
-        allowed_hosts=tuple(allowed_host) if allowed_host else None,
-        allowed_origins=tuple(allowed_origin) if allowed_origin else None,
-        context=context_tokens,
-        slots=slots,
-        threads=threads,
-        queue=queue,
-        max_body=max_body,
-        drain_timeout=drain_timeout,
-        log_level=log_level,
-    )
-    logging.basicConfig(
-        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    given = {name: value for name, value in context.params.items() if value not in (None, [], ())}
+    config = config_of(context, **{RENAMED.get(name, name): value for name, value in given.items()})
+    configure_logging(config.log_level, config.log_format)
     run_daemon(config)
 
 
@@ -92,6 +87,13 @@ def run_daemon(config: Config) -> None:
         insecure_bind=config.insecure_bind,
         allowed_hosts=config.allowed_hosts,
         allowed_origins=config.allowed_origins,
+        keys_file=config.home / "keys.json",
+        rate_limit=config.rate_limit,
+        request_timeout=config.request_timeout,
+        read_timeout=config.read_timeout,
+        write_timeout=config.write_timeout,
+        tls_cert=config.tls_cert,
+        tls_key=config.tls_key,
         max_body=config.max_body,
         drain_timeout=config.drain_timeout,
     )

@@ -24,8 +24,12 @@ from aiohttp import web
 import lichen
 from lichen.errors import ConfigError, LichenError, Unavailable
 from lichen.runtime import native
+from lichen.runtime.http.access_log import AccessLog, name_request, traced
 from lichen.runtime.http.guard import LOOPBACK, Guard
+from lichen.runtime.http.keys import KeyStore
+from lichen.runtime.http.limits import Deadlines, RateLimiter, cut_stalled, server_limits
 from lichen.runtime.http.openai import OpenAIRoutes
+from lichen.runtime.http.tls import server_context
 from lichen.runtime.http.tokens import TokenRoutes
 from lichen.runtime.served_model import ServedModel
 
@@ -33,7 +37,10 @@ log = logging.getLogger("lichen.http")
 
 
 class DaemonOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """Where and for whom to listen. port 0 takes a free one; max_body in bytes; drain_timeout in seconds."""
+    """Where and for whom to listen. port 0 takes a free one; max_body in bytes; timeouts in seconds.
+
+    rate_limit: requests a minute and client, 0 for no limit; a request_timeout of 0 is no limit either.
+    """
 
     host: str = "127.0.0.1"
     port: int = 8642
@@ -42,16 +49,25 @@ class DaemonOptions(msgspec.Struct, frozen=True, kw_only=True):
     insecure_bind: bool = False
     allowed_hosts: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
+    keys_file: Path | None = None
+    rate_limit: int = 0
+    request_timeout: float = 600.0
+    read_timeout: float = 30.0
+    write_timeout: float = 60.0
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
     max_body: int = 8 << 20
     drain_timeout: float = 30.0
 
     def check(self) -> None:
-        """Raise ConfigError rather than listen to a network without a key."""
+        """Raise ConfigError rather than listen to a network without a key, or with keys nobody can read."""
+        if self.keys_file is not None and KeyStore(self.keys_file).any():
+            return
         if self.uds is not None or self.api_key is not None or self.insecure_bind or _is_loopback(self.host):
             return
         raise ConfigError(
             f"Listening on {self.host} lets its whole network use this model, and no API key is set.",
-            hint="Set one with --api-key (or LICHEN_API_KEY), or say --allow-unauthenticated.",
+            hint="Make one: lichen keys create NAME. Or set LICHEN_API_KEY, or say --allow-unauthenticated.",
         )
 
 
@@ -67,7 +83,14 @@ class Daemon:
         self._failure: LichenError | None = None
         self._started = time.monotonic()
         hosts = (options.host, *options.allowed_hosts)
-        self._guard = Guard(hosts=hosts, origins=options.allowed_origins, api_key=options.api_key)
+        self._tls = server_context(options.tls_cert, options.tls_key)
+        self._guard = Guard(
+            hosts=hosts,
+            origins=options.allowed_origins,
+            api_key=options.api_key,
+            keys=None if options.keys_file is None else KeyStore(options.keys_file),
+            rate=RateLimiter(options.rate_limit),
+        )
 
     def current(self) -> ServedModel:
         """The model that answers; raises Unavailable while there is none."""
@@ -81,8 +104,12 @@ class Daemon:
 
     def application(self) -> web.Application:
         """The aiohttp application with every route."""
-        app = web.Application(middlewares=[self._guard.middleware], client_max_size=self.options.max_body)
-        app.on_response_prepare.append(self._guard.allow_reading)
+        deadlines = Deadlines(read=self.options.read_timeout, answer=self.options.request_timeout)
+        app = web.Application(
+            middlewares=[traced, self._guard.middleware, deadlines.middleware],
+            client_max_size=self.options.max_body,
+        )
+        app.on_response_prepare.extend([name_request, self._guard.allow_reading])
         openai = OpenAIRoutes(self.current)
         app.add_routes(openai.routes())
         app.add_routes(TokenRoutes(openai.named).routes())
@@ -148,13 +175,20 @@ class Daemon:
     async def listening(self) -> AsyncIterator[None]:
         """Sockets open inside; `url` says where."""
         runner = web.AppRunner(
-            self.application(), handler_cancellation=True, access_log=None, shutdown_timeout=1.0
+            self.application(),
+            handler_cancellation=True,
+            access_log_class=AccessLog,
+            shutdown_timeout=1.0,
+            **server_limits(self.options.read_timeout),
         )
         await runner.setup()
+        assert runner.server is not None, "setup() makes the server"
+        watch = asyncio.ensure_future(cut_stalled(runner.server, self.options.write_timeout))
         try:
             await self._open(runner)
             yield
         finally:
+            watch.cancel()
             await runner.cleanup()
             if self.options.uds is not None:
                 self.options.uds.unlink(missing_ok=True)
@@ -168,7 +202,7 @@ class Daemon:
             options.uds.chmod(0o600)
             self.url = f"unix:{options.uds}"
             return
-        site = web.TCPSite(runner, options.host, options.port)
+        site = web.TCPSite(runner, options.host, options.port, ssl_context=self._tls)
         try:
             await site.start()
         except OSError as error:
@@ -178,7 +212,7 @@ class Daemon:
             ) from error
         port = runner.addresses[0][1]
         host = f"[{options.host}]" if ":" in options.host else options.host
-        self.url = f"http://{host}:{port}"
+        self.url = f"{'http' if self._tls is None else 'https'}://{host}:{port}"
 
 
 async def serve(
