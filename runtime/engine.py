@@ -36,7 +36,9 @@ from lichen.runtime.sequence import (
     Sequence,
 )
 from lichen.runtime.slots import SlotPool
+from lichen.runtime.spill import SpillStore
 from lichen.runtime.text import TextStream
+from lichen.runtime.warmth import Warmth
 
 log = logging.getLogger("lichen.engine")
 
@@ -56,6 +58,8 @@ class Counters(msgspec.Struct):
     rejected: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    restored_tokens: int = 0
+    spilled_tokens: int = 0
     completion_tokens: int = 0
     steps: int = 0
     waiting: int = 0
@@ -75,7 +79,9 @@ class _Live:
 class Engine:
     """Runs sequences on one context. Thread-safe: `submit`, `cancel`, `counters`, `drain`, `close`."""
 
-    def __init__(self, model: Model, context: Context, *, queue_limit: int) -> None:
+    def __init__(
+        self, model: Model, context: Context, *, queue_limit: int, spill: SpillStore | None = None
+    ) -> None:
         self.model = model
         self.context = context
         self.queue_limit = queue_limit
@@ -84,6 +90,8 @@ class Engine:
         self._waiting: deque[Sequence] = deque()
         self._running: dict[Sequence, _Live] = {}
         self._slots = SlotPool(context.slots)
+        self._warmth = Warmth(context, self._slots, spill, self.call)
+        self._stalled = False  # everything that waits, waits for the disk
         self._scheduler = Scheduler(
             Budget(
                 step=context.batch,
@@ -181,6 +189,7 @@ class Engine:
         finally:
             self._read_inbox(block=False)
             self._fail_all(Unavailable("lichen was closed."))
+            self._warmth.close(spill=self._failure is None)
             self.context.close()
 
     def _closed(self) -> bool:
@@ -188,11 +197,14 @@ class Engine:
 
     def _read_inbox(self, *, block: bool = True) -> None:
         """Carry out commands; sleep for one when there is nothing to compute."""
-        wait = block and not self._running and not self._waiting and not self._closed()
+        nothing = not self._running and (not self._waiting or self._stalled)
+        wait = block and nothing and not self._closed()
         while True:
             try:
-                command = self._inbox.get(block=wait)
+                command = self._inbox.get(wait, self._warmth.patience)
             except queue.Empty:
+                if wait:
+                    self._warmth.idle()
                 return
             command()
             wait = False
@@ -206,23 +218,20 @@ class Engine:
             sequence = self._waiting.popleft()
             if self._slots.worth_waiting(sequence.prompt, self._running):
                 passed.append(sequence)  # another sequence computes the same beginning right now
+            elif self._warmth.waits(sequence):
+                passed.append(sequence)  # its beginning comes from the disk
             else:
                 self._start(sequence)
         passed.extend(self._waiting)
         self._waiting = passed
+        self._stalled = bool(passed) and not self._running
         self._count_now()
 
     def _start(self, sequence: Sequence) -> None:
         placement = self._slots.acquire(sequence.prompt)
         assert placement is not None, "admitted without a free slot"
-        slot, reused = placement.slot, placement.reused
-        if placement.copy_from is not None:
-            self.context.copy(placement.copy_from, slot)
-        if not self.context.truncate(slot, reused):  # memory of recurrent models cannot be cut
-            self.context.clear(slot)
-            reused = 0
-            self._slots.update(slot, ())
-        sequence.slot = slot
+        reused = self._warmth.fill(sequence, placement)
+        sequence.slot = placement.slot
         sequence.computed = sequence.cached = reused
         sequence.admitted_at = time.perf_counter()
         options = sequence.options
@@ -342,7 +351,9 @@ class Engine:
             if not keep:
                 self.context.clear(slot)
             self._slots.release(slot, sequence.tokens[:keep])
+            self._warmth.released(slot)
             sequence.slot = None
+        self._warmth.forget(sequence)
         self._count_now()
         with self._admission:
             self._admitted -= 1
@@ -362,7 +373,7 @@ class Engine:
     def _fail_all(self, error: LichenError | None) -> None:
         failed = Failed(error or EngineError("The engine failed."))
         for sequence in [*self._running, *self._waiting]:
-            self._end(sequence, failed, keep=0)
+            self._end(sequence, failed, keep=0 if self._failure else sequence.computed)
         self._waiting.clear()
         self._count_now()
 
@@ -379,6 +390,8 @@ class Engine:
         counters.running = len(self._running)
         counters.free_slots = self._slots.free
         counters.cells_used = self._slots.held_tokens
+        counters.restored_tokens = self._warmth.restored_tokens
+        counters.spilled_tokens = self._warmth.spilled_tokens
 
 
 def _slot(sequence: Sequence) -> int:

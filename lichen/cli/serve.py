@@ -46,6 +46,7 @@ def serve(
     slots: Annotated[Number, typer.Option(help="Conversations answered at the same time.")] = None,
     threads: Annotated[Number, typer.Option(help="Threads that compute; 0: the physical cores.")] = None,
     queue: Annotated[Number, typer.Option(help="Requests that may wait for a slot.")] = None,
+    prefix_cache: Annotated[Text, typer.Option(help="Bytes on disk for long prompts; 0 for none.")] = None,
     max_body: Annotated[Text, typer.Option(help="Largest request body in bytes.")] = None,
     drain_timeout: Annotated[
         float | None, typer.Option(help="Seconds to finish answers when stopping.")
@@ -67,6 +68,7 @@ def serve(
         slots=slots,
         threads=threads,
         queue=queue,
+        prefix_cache=prefix_cache,
         max_body=max_body,
         drain_timeout=drain_timeout,
         log_level=log_level,

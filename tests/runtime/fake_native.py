@@ -6,6 +6,7 @@ engine's bookkeeping is tested in milliseconds. What it cannot show, the real-mo
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Sequence
@@ -39,6 +40,7 @@ class CountingContext:
         self.entered = threading.Event()
         self.pace = 0.0  # seconds a decode takes at least
         self.closed = False
+        self.copying = False
 
     def decode(
         self, tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int], outputs: Sequence[int]
@@ -66,6 +68,20 @@ class CountingContext:
 
     def copy(self, source: int, target: int) -> None:
         self.held[target] = list(self.held[source])
+
+    def cells(self, slot: int) -> int:
+        return len(self.held[slot])
+
+    def save(self, slot: int) -> bytearray:
+        return bytearray(json.dumps(self.held[slot]).encode())
+
+    def restore(self, slot: int, data: bytearray) -> bool:
+        try:
+            self.held[slot] = list(json.loads(data))
+        except ValueError:
+            self.held[slot].clear()
+            return False
+        return True
 
     def close(self) -> None:
         self.closed = True
