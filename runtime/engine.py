@@ -142,6 +142,8 @@ class Engine:
         """A snapshot of the counters; who was admitted and does not run yet is waiting."""
         now = msgspec.structs.replace(self._counters)
         now.waiting = max(0, self._admitted - now.running)
+        now.restored_tokens = self._warmth.restored_tokens
+        now.spilled_tokens = self._warmth.spilled_tokens
         return now
 
     def drain(self, timeout: float) -> bool:
@@ -390,8 +392,6 @@ class Engine:
         counters.running = len(self._running)
         counters.free_slots = self._slots.free
         counters.cells_used = self._slots.held_tokens
-        counters.restored_tokens = self._warmth.restored_tokens
-        counters.spilled_tokens = self._warmth.spilled_tokens
 
 
 def _slot(sequence: Sequence) -> int:
