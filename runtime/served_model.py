@@ -25,6 +25,7 @@ from lichen.runtime.sequence import SamplingOptions
 from lichen.runtime.sequence import Sequence as LiveSequence
 from lichen.runtime.spill import CacheKey, SpillStore
 
+INDEX_S = 1.0  # a slow disk may delay a start by this much; what it still holds is found later
 INLINE_CHARACTERS = 2048  # shorter texts are tokenized on the loop: under a millisecond
 
 
@@ -103,12 +104,13 @@ class ServedModel:
         except BaseException:
             model.close()
             raise
-        identity = sha256 or _file_identity(path)
-        engine = Engine(
-            model, context, queue_limit=options.queue, spill=_spill_store(model, context, identity, options)
-        )
+        spill = _spill_store(model, context, sha256 or _file_identity(path), options)
+        engine = Engine(model, context, queue_limit=options.queue, spill=spill)
         try:
-            return cls(name, sha256, model, engine, options)
+            served = cls(name, sha256, model, engine, options)
+            if spill is not None:
+                spill.wait_ready(INDEX_S)
+            return served
         except BaseException:
             engine.close()
             model.close()

@@ -50,7 +50,8 @@ def the_file(folder: Path) -> Path:
 
 def read(store: SpillStore, tokens: list[int]) -> bytes | None:
     found = store.match(tokens)
-    return None if found is None else store.read(found[1])
+    payload = None if found is None else store.read(found[1])
+    return None if payload is None else bytes(payload)
 
 
 def test_what_was_written_is_there_after_a_restart(tmp_path: Path) -> None:
@@ -59,7 +60,7 @@ def test_what_was_written_is_there_after_a_restart(tmp_path: Path) -> None:
     found = store.match([*TOKENS[:60], 7, 8])
     assert found is not None
     assert found[0] == 60
-    assert store.read(found[1]) == PAYLOAD
+    assert read(store, TOKENS) == PAYLOAD
     assert store.tokens(found[1]) == TOKENS
     assert store.match([7]) is None
     assert store.match([]) is None

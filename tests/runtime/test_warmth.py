@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -10,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from lichen.runtime import warmth
 from lichen.runtime.engine import Engine
 from lichen.runtime.generation import Generation, Mailbox
 from lichen.runtime.sequence import Piece, SamplingOptions, Sequence
 from lichen.runtime.spill import SpillStore
-from tests.runtime.fake_native import CountingContext, CountingModel, CountingSampler
+from tests.runtime.fake_native import END, CountingContext, CountingModel, CountingSampler
 from tests.runtime.test_spill import KEY, files
 
 SYSTEM = [n % 90 for n in range(40)]
@@ -201,3 +204,42 @@ async def test_a_failed_engine_writes_nothing(tmp_path: Path, monkeypatch: pytes
         with pytest.raises(Exception, match="could not compute"):
             await bench.submit([50]).text()
     assert files(tmp_path) == []
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([0, 1, 2]), st.integers(1, 90), st.integers(1, 9), st.booleans()),
+        min_size=1,
+        max_size=16,
+    )
+)
+def test_whatever_happens_answers_are_right_and_nothing_is_left(
+    requests: list[tuple[int, int, int, bool]],
+) -> None:
+    """Random beginnings, lengths and cancellations over two lives of an engine: the counting context
+    proves that every slot holds what the engine thinks."""
+
+    async def ask(bench: Bench, kind: int, size: int, limit: int, leave: bool) -> None:
+        prompt = [(n * (kind + 1)) % 90 for n in range(size)]
+        generation = bench.submit(prompt, max_tokens=limit)
+        if leave:
+            await asyncio.sleep(0)
+            generation.close()
+            return
+        following = [prompt[-1] + 1 + n for n in range(limit)]
+        assert await generation.text() == "".join(f"{token} " for token in following if token < END)
+
+    async def live(folder: Path) -> None:
+        async with running(folder) as bench:
+            await asyncio.gather(*(ask(bench, *request) for request in requests))
+            for _ in range(400):
+                if not bench.engine._admitted:
+                    break
+                await asyncio.sleep(0.005)
+            for slot, held in bench.context.held.items():
+                assert list(bench.engine._slots.tokens(slot)) == held
+
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(2):
+            asyncio.run(live(Path(folder)))
