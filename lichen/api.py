@@ -304,4 +304,11 @@ def model_options(config: Config) -> ModelOptions:
         from lichen.devices.probe import probe
 
         threads = probe().physical_cores
-    return ModelOptions(context=config.context, slots=config.slots, threads=threads, queue=config.queue)
+    return ModelOptions(
+        context=config.context,
+        slots=config.slots,
+        threads=threads,
+        queue=config.queue,
+        spill_folder=config.home / "prefix-cache" if config.prefix_cache else None,
+        spill_limit=config.prefix_cache,
+    )

@@ -150,6 +150,17 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         Annotated[int, Meta(ge=0, le=100_000)],
         _about("Requests that may wait for a slot; past it a request is refused with status 429."),
     ] = 64
+    prefix_cache: Annotated[
+        Annotated[int, Meta(ge=0, le=1 << 50)],
+        _about(
+            "Disk space under prefix-cache/ of the home for what was computed of long prompts, which are "
+            "then fast again after a restart; 0 keeps nothing. The files hold prompts.",
+            metavar="BYTES",
+            allowed="a number of bytes, such as 500000000 or '2 GB'; 0 for none",
+            default="2 GB",
+            bytes=True,
+        ),
+    ] = 2_000_000_000
     max_body: Annotated[
         Annotated[int, Meta(ge=1024, le=1 << 30)],
         _about(

@@ -17,6 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Literal
 
 import msgspec
@@ -34,6 +35,8 @@ from lichen.runtime.sequence import (
     Sequence,
 )
 from lichen.runtime.slots import SlotPool
+from lichen.runtime.spill import SpillStore
+from lichen.runtime.warmth import Warmth
 
 log = logging.getLogger("lichen.engine")
 
@@ -53,6 +56,8 @@ class Counters(msgspec.Struct):
     rejected: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    restored_tokens: int = 0
+    spilled_tokens: int = 0
     completion_tokens: int = 0
     steps: int = 0
     waiting: int = 0
@@ -64,7 +69,9 @@ class Counters(msgspec.Struct):
 class Engine:
     """Runs sequences on one context. Thread-safe: `submit`, `cancel`, `counters`, `drain`, `close`."""
 
-    def __init__(self, model: Model, context: Context, *, queue_limit: int) -> None:
+    def __init__(
+        self, model: Model, context: Context, *, queue_limit: int, spill: SpillStore | None = None
+    ) -> None:
         self.model = model
         self.context = context
         self.queue_limit = queue_limit
@@ -74,6 +81,8 @@ class Engine:
         self._running: dict[Sequence, Drawing] = {}
         self._closers: list[Callable[[], None]] = []
         self._slots = SlotPool(context.slots)
+        self._warmth = Warmth(context, self._slots, spill, self.call)
+        self._stalled = False  # everything that waits, waits for the disk
         self._scheduler = Scheduler(
             Budget(
                 step=context.batch,
@@ -137,6 +146,8 @@ class Engine:
         """A snapshot of the counters; who was admitted and does not run yet is waiting."""
         now = msgspec.structs.replace(self._counters)
         now.waiting = max(0, self._admitted - now.running)
+        now.restored_tokens = self._warmth.restored_tokens
+        now.spilled_tokens = self._warmth.spilled_tokens
         return now
 
     def drain(self, timeout: float) -> bool:
@@ -186,6 +197,7 @@ class Engine:
             self._fail_all(Unavailable("lichen was closed."))
             for close in self._closers:
                 close()
+            self._warmth.close(spill=self._failure is None)
             self.context.close()
 
     def _closed(self) -> bool:
@@ -193,11 +205,14 @@ class Engine:
 
     def _read_inbox(self, *, block: bool = True) -> None:
         """Carry out commands; sleep for one when there is nothing to compute."""
-        wait = block and not self._running and not self._waiting and not self._closed()
+        nothing = not self._running and (not self._waiting or self._stalled)
+        wait = block and nothing and not self._closed()
         while True:
             try:
-                command = self._inbox.get(block=wait)
+                command = self._inbox.get(wait, self._warmth.patience)
             except queue.Empty:
+                if wait:
+                    self._warmth.idle()
                 return
             command()
             wait = False
@@ -209,29 +224,26 @@ class Engine:
         passed: deque[Sequence] = deque()
         while self._waiting and self._slots.free:
             sequence = self._waiting.popleft()
-            if not sequence.options.deterministic and self._slots.worth_waiting(
-                sequence.prompt, self._running
-            ):
+            if sequence.options.deterministic:
+                self._start(sequence)
+            elif self._slots.worth_waiting(sequence.prompt, self._running):
                 passed.append(sequence)  # another sequence computes the same beginning right now
+            elif self._warmth.waits(sequence):
+                passed.append(sequence)  # its beginning comes from the disk
             else:
                 self._start(sequence)
         passed.extend(self._waiting)
         self._waiting = passed
+        self._stalled = bool(passed) and not self._running
         self._count_now()
 
     def _start(self, sequence: Sequence) -> None:
         placement = self._slots.acquire(sequence.prompt)
         assert placement is not None, "admitted without a free slot"
-        slot, reused = placement.slot, placement.reused
-        if sequence.options.deterministic:
-            reused = 0
-        elif placement.copy_from is not None:
-            self.context.copy(placement.copy_from, slot)
-        if not reused or not self.context.truncate(slot, reused):  # some models' memory cannot be cut
-            self.context.clear(slot)
-            reused = 0
-            self._slots.update(slot, ())
-        sequence.slot = slot
+        if sequence.options.deterministic:  # from an empty cache
+            placement = replace(placement, reused=0, copy_from=None)
+        reused = self._warmth.fill(sequence, placement)
+        sequence.slot = placement.slot
         sequence.computed = sequence.cached = reused
         sequence.admitted_at = time.perf_counter()
         self._running[sequence] = Drawing(self.model, sequence)
@@ -350,7 +362,9 @@ class Engine:
             if not keep:
                 self.context.clear(slot)
             self._slots.release(slot, sequence.tokens[:keep])
+            self._warmth.released(slot)
             sequence.slot = None
+        self._warmth.forget(sequence)
         self._count_now()
         with self._admission:
             self._admitted -= 1
@@ -370,7 +384,7 @@ class Engine:
     def _fail_all(self, error: LichenError | None) -> None:
         failed = Failed(error or EngineError("The engine failed."))
         for sequence in [*self._running, *self._waiting]:
-            self._end(sequence, failed, keep=0)
+            self._end(sequence, failed, keep=0 if self._failure else sequence.computed)
         self._waiting.clear()
         self._count_now()
 

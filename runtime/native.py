@@ -269,6 +269,9 @@ class Context:
         self.context = int(lib.llama_n_ctx_seq(self._pointer))  # tokens a sequence, as rounded by llama.cpp
         self.slots = size.slots
         self.batch = size.batch
+        self.layout = f"streams, flash attention, {self.context} tokens"  # a saved state fits only this
+        self.kv_type = "f16"  # llama.cpp's default
+        self.copying = False  # a copy is ordered and not carried out yet
         self._allocate_batch(size.batch)
 
     def _allocate_batch(self, size: int) -> None:
@@ -313,7 +316,9 @@ class Context:
         for column, values in columns:
             column[:count] = values
         self._batch.n_tokens = count
-        return int(self._lib.llama_decode(self._pointer, self._batch))
+        code = int(self._lib.llama_decode(self._pointer, self._batch))
+        self.copying = self.copying and code != DECODE_OK
+        return code
 
     def truncate(self, slot: int, length: int) -> bool:
         """Keep the first `length` tokens of a slot. False: this model's memory cannot be cut there."""
@@ -325,12 +330,39 @@ class Context:
 
     def copy(self, source: int, target: int) -> None:
         """Make slot `target` a copy of slot `source` (memory is copied before the next decode)."""
+        self.copying = True
         self.clear(target)
         self._lib.llama_memory_seq_cp(self._memory, source, target, -1, -1)
 
     def cells(self, slot: int) -> int:
         """Tokens that a slot holds."""
         return int(self._lib.llama_memory_seq_pos_max(self._memory, slot)) + 1
+
+    def save(self, slot: int) -> bytearray:
+        """The cells of a slot as llama.cpp writes them; empty when it cannot.
+
+        Not while `copying`: the memory of a copied slot is not there yet.
+        """
+        assert not self.copying, "a copied slot is complete after the next decode"
+        data = bytearray(self._lib.llama_state_seq_get_size(self._pointer, slot))
+        view = (ctypes.c_uint8 * len(data)).from_buffer(data)
+        written = int(self._lib.llama_state_seq_get_data(self._pointer, view, len(data), slot))
+        return data if written == len(data) else bytearray()
+
+    def restore(self, slot: int, data: bytearray) -> bool:
+        """Make a slot what `save` saw, on a context of the same model and layout. False: llama.cpp
+        refused the bytes, and the slot is empty.
+
+        llama.cpp trusts much of what it reads here: `data` must be exactly what `save` gave, proven by a
+        checksum. Not while `copying`: a copy out of this slot would take the new cells.
+        """
+        assert not self.copying, "the slot may be the source of a copy"
+        self.clear(slot)
+        view = (ctypes.c_uint8 * len(data)).from_buffer(data)
+        if self._lib.llama_state_seq_set_data(self._pointer, view, len(data), slot) == len(data):
+            return True
+        self.clear(slot)
+        return False
 
     def logits(self, index: int) -> Any:
         """Logits [vocab] float32 after batch entry `index`: a writable view, valid until the next decode."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,24 +27,30 @@ from lichen.runtime.engine import Engine
 from lichen.runtime.generation import Generation, Mailbox
 from lichen.runtime.grammar import json_grammar, whole_grammar
 from lichen.runtime.native import Context, ContextSize, Model
+from lichen.runtime.native import version as native_version
 from lichen.runtime.sequence import SamplingOptions
 from lichen.runtime.sequence import Sequence as LiveSequence
+from lichen.runtime.spill import CacheKey, SpillStore
 from lichen.runtime.tools import DEFAULT, format_of, formats
 
 T = TypeVar("T")
 
+INDEX_S = 1.0  # a slow disk may delay a start by this much; what it still holds is found later
 INLINE_CHARACTERS = 2048  # shorter texts are tokenized on the loop: under a millisecond
 
 
 class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How to run a model. context: tokens a sequence (0: what it was trained for). slots: sequences at
-    once. threads: for computing. queue: sequences that may wait. batch: tokens a step."""
+    once. threads: for computing. queue: sequences that may wait. batch: tokens a step. spill_folder: where
+    long beginnings of prompts are kept, at most `spill_limit` bytes; None for nowhere."""
 
     context: int = 4096
     slots: int = 4
     threads: int = 1
     queue: int = 64
     batch: int = 256
+    spill_folder: Path | None = None
+    spill_limit: int = 2_000_000_000
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -114,9 +121,13 @@ class ServedModel:
         except BaseException:
             model.close()
             raise
-        engine = Engine(model, context, queue_limit=options.queue)
+        spill = _spill_store(model, context, sha256 or _file_identity(path), options)
+        engine = Engine(model, context, queue_limit=options.queue, spill=spill)
         try:
-            return cls(name, sha256, model, engine, options)
+            served = cls(name, sha256, model, engine, options)
+            if spill is not None:
+                spill.wait_ready(INDEX_S)
+            return served
         except BaseException:
             engine.close()
             model.close()
@@ -246,3 +257,25 @@ class ServedModel:
 
     async def _prepare(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._preparing, work)
+
+
+def _spill_store(model: Model, context: Context, identity: str, options: ModelOptions) -> SpillStore | None:
+    """The prefix cache of this model on disk; None when it is off."""
+    if options.spill_folder is None or not options.spill_limit:
+        return None
+    key = CacheKey(
+        model_sha256=identity,
+        adapter_sha256="",
+        adapter_scale=0.0,
+        template_sha256=hashlib.sha256((model.chat_template() or "").encode()).hexdigest(),
+        kv_type=context.kv_type,
+        library_version=native_version(),
+        context_layout=context.layout,
+    )
+    return SpillStore(options.spill_folder, options.spill_limit, key)
+
+
+def _file_identity(path: Path) -> str:
+    """Stands for the hash of a file that nobody has hashed, which would take longer than to load it."""
+    status = path.stat()
+    return f"{path.resolve()} {status.st_ino} {status.st_size} {status.st_mtime_ns}"

@@ -7,7 +7,7 @@ Pure bookkeeping: the caller carries the decision out on the native context.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from lichen.runtime.prefix import PrefixTree, shared_prefix
 from lichen.runtime.sequence import Sequence as LiveSequence
@@ -18,11 +18,15 @@ MIN_WAIT = 16  # tokens: a prompt waits for a running prefill if that saves at l
 
 @dataclass(slots=True, frozen=True)
 class Placement:
-    """Start in `slot` with its first `reused` tokens, copied from slot `copy_from` if that is given."""
+    """Start in `slot` with its first `reused` tokens, copied from slot `copy_from` if that is given.
+
+    held: the tokens that were in the slot until now.
+    """
 
     slot: int
     reused: int
     copy_from: int | None
+    held: Sequence[int] = field(default=(), compare=False)
 
 
 class SlotPool:
@@ -51,6 +55,7 @@ class SlotPool:
         if not self._free:
             return None
         placement = self._place(prompt)
+        placement = replace(placement, held=self._tree.tokens(placement.slot))
         del self._free[placement.slot]
         self._tree.assign(placement.slot, prompt[: placement.reused])
         return placement
@@ -71,6 +76,14 @@ class SlotPool:
         if oldest in holders:
             return Placement(oldest, length, None)
         return Placement(oldest, length, min(holders)) if length >= MIN_COPY else Placement(oldest, 0, None)
+
+    def tokens(self, slot: int) -> Sequence[int]:
+        """What a slot holds."""
+        return self._tree.tokens(slot)
+
+    def longest(self, prompt: Sequence[int]) -> int:
+        """Tokens of the longest beginning of `prompt` that any slot holds."""
+        return self._tree.match(prompt)[0]
 
     def update(self, slot: int, tokens: Sequence[int]) -> None:
         """Tell what a slot holds now."""

@@ -20,6 +20,8 @@ from lichen.runtime.served_model import ModelOptions, ServedModel
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "smollm2-135m"
 
+os.environ["LICHEN_PREFIX_CACHE"] = "0"  # what a test finds computed must not depend on an earlier run
+
 
 @pytest.fixture(scope="session")
 def lichen_home() -> Path:

@@ -14,6 +14,7 @@ def _arguments(settings: Settings) -> list[str]:
         *("--slots", str(settings.slots)),
         *("--context", str(settings.context)),
         *("--threads", str(settings.threads)),
+        *("--prefix-cache", "0"),  # a run must not find what an earlier one has computed
     ]
 
 

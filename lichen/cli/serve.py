@@ -54,6 +54,7 @@ def serve(
     slots: Annotated[Number, typer.Option(help="Conversations answered at the same time.")] = None,
     threads: Annotated[Number, typer.Option(help="Threads that compute; 0: the physical cores.")] = None,
     queue: Annotated[Number, typer.Option(help="Requests that may wait for a slot.")] = None,
+    prefix_cache: Annotated[Text, typer.Option(help="Bytes on disk for long prompts; 0 for none.")] = None,
     max_body: Annotated[Text, typer.Option(help="Largest request body in bytes.")] = None,
     rate_limit: Annotated[Number, typer.Option(help="Requests a minute and client; 0: no limit.")] = None,
     request_timeout: Annotated[Decimal, typer.Option(help="Seconds for an answer; 0: no limit.")] = None,

@@ -6,6 +6,7 @@ engine's bookkeeping is tested in milliseconds. What it cannot show, the real-mo
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Sequence
@@ -39,6 +40,7 @@ class CountingContext:
         self.entered = threading.Event()
         self.pace = 0.0  # seconds a decode takes at least
         self.closed = False
+        self.copying = False
 
     def decode(
         self, tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int], outputs: Sequence[int]
@@ -52,6 +54,7 @@ class CountingContext:
         for token, position, slot in zip(tokens, positions, slots, strict=True):
             assert position == len(self.held[slot]) < self.context, "positions follow on each other"
             self.held[slot].append(token)
+        self.copying = False
         self.batches.append(list(zip(tokens, positions, slots, strict=True)))
         self.outputs = [token if wanted else -1 for token, wanted in zip(tokens, outputs, strict=True)]
         return DECODE_OK
@@ -65,7 +68,24 @@ class CountingContext:
         self.held[slot].clear()
 
     def copy(self, source: int, target: int) -> None:
+        self.copying = True  # llama.cpp copies the cells before the next decode
         self.held[target] = list(self.held[source])
+
+    def cells(self, slot: int) -> int:
+        return len(self.held[slot])
+
+    def save(self, slot: int) -> bytearray:
+        assert not self.copying
+        return bytearray(json.dumps(self.held[slot]).encode())
+
+    def restore(self, slot: int, data: bytearray) -> bool:
+        assert not self.copying
+        try:
+            self.held[slot] = list(json.loads(data))
+        except ValueError:
+            self.held[slot].clear()
+            return False
+        return True
 
     def close(self) -> None:
         self.closed = True
