@@ -24,6 +24,7 @@ import msgspec
 
 from lichen.errors import ContextOverflow, EngineError, LichenError, QueueFull, Unavailable
 from lichen.runtime.generation import post
+from lichen.runtime.metrics import EngineObserver
 from lichen.runtime.native import DECODE_NO_KV_SLOT, DECODE_OK, Context, Model, Sampler
 from lichen.runtime.sampling import PENALTY_WINDOW, sampler_options
 from lichen.runtime.scheduler import Budget, Chunk, Scheduler
@@ -79,6 +80,7 @@ class Engine:
         self.model = model
         self.context = context
         self.queue_limit = queue_limit
+        self.observer: EngineObserver | None = None
         self.state: State = "running"  # written under `_admission`
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._waiting: deque[Sequence] = deque()
@@ -299,9 +301,16 @@ class Engine:
     def _draw(self, sequence: Sequence, index: int) -> None:
         """Sample the next token of a sequence whose tokens are all computed, and what follows from it."""
         live = self._running[sequence]
+        now = time.perf_counter()
         if not sequence.drawn:
-            sequence.first_token_at = time.perf_counter()
+            sequence.first_token_at = now
             self._held(sequence)
+        if self.observer is not None:
+            if sequence.drawn:
+                self.observer.token_gap(now - sequence.last_token_at)
+            else:
+                self.observer.first_token(now - sequence.submitted_at)
+        sequence.last_token_at = now
         token = live.sampler.sample(self.context, index)
         sequence.tokens.append(token)
         self._counters.completion_tokens += 1
@@ -323,6 +332,8 @@ class Engine:
         if text := live.text.flush():
             sequence.events.append(Piece(text))
         self._counters.completed += 1
+        if self.observer is not None:
+            self.observer.finished(reason, time.perf_counter() - sequence.submitted_at)
         self._end(sequence, Finished(reason, sequence.usage(), sequence.timings()), keep=sequence.computed)
 
     def _end(self, sequence: Sequence, event: Finished | Failed, *, keep: int) -> None:

@@ -18,6 +18,7 @@ from lichen.errors import RequestError
 from lichen.runtime.chat import ChatTemplate, Message
 from lichen.runtime.engine import Engine
 from lichen.runtime.generation import Generation, Mailbox
+from lichen.runtime.metrics import EngineMetrics
 from lichen.runtime.native import Context, ContextSize, Model
 from lichen.runtime.sequence import SamplingOptions
 from lichen.runtime.sequence import Sequence as LiveSequence
@@ -53,6 +54,7 @@ class ServedModel:
     def __init__(self, name: str, sha256: str, model: Model, engine: Engine, options: ModelOptions) -> None:
         self.engine = engine
         self.options = options
+        self.metrics = engine.observer = EngineMetrics()
         self._model = model
         self.template = ChatTemplate(
             model.chat_template(), bos=model.special_text(model.bos), eos=model.special_text(model.eos)

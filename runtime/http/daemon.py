@@ -25,7 +25,9 @@ import lichen
 from lichen.errors import ConfigError, LichenError, Unavailable
 from lichen.runtime import native
 from lichen.runtime.http.guard import LOOPBACK, Guard
+from lichen.runtime.http.metrics_route import MetricsRoute
 from lichen.runtime.http.openai import OpenAIRoutes
+from lichen.runtime.metrics import ProcessMetrics
 from lichen.runtime.served_model import ServedModel
 
 log = logging.getLogger("lichen.http")
@@ -65,6 +67,7 @@ class Daemon:
         self.url = ""
         self._failure: LichenError | None = None
         self._started = time.monotonic()
+        self.metrics = ProcessMetrics()
         hosts = (options.host, *options.allowed_hosts)
         self._guard = Guard(hosts=hosts, origins=options.allowed_origins, api_key=options.api_key)
 
@@ -82,12 +85,16 @@ class Daemon:
         """The aiohttp application with every route."""
         app = web.Application(middlewares=[self._guard.middleware], client_max_size=self.options.max_body)
         app.on_response_prepare.append(self._guard.allow_reading)
+        metrics = MetricsRoute(self._models, self.metrics, _resident_bytes)
+        app.on_response_prepare.append(metrics.count_error)
+        app.add_routes(metrics.routes())
         app.add_routes(OpenAIRoutes(self.current).routes())
         app.add_routes(
             [
                 web.get("/health", self.health),
                 web.get("/version", self.version),
                 web.get("/status", self.status),
+                web.get("/openapi.json", self.openapi),
             ]
         )
         return app
@@ -99,6 +106,7 @@ class Daemon:
         except LichenError as error:
             self.state, self._failure = "failed", error
             raise
+        self.metrics.loaded(self.model.info.name)
         self.state = "ok"
 
     async def health(self, request: web.Request) -> web.Response:
@@ -133,6 +141,13 @@ class Daemon:
             body["kv"] = {"cells_used": counters.cells_used, "cells_total": cells}
             body["counters"] = msgspec.to_builtins(counters)
         return _json(body)
+
+    async def openapi(self, request: web.Request) -> web.Response:
+        """The OpenAPI document of these routes."""
+        return web.Response(body=await asyncio.to_thread(_openapi_bytes), content_type="application/json")
+
+    def _models(self) -> list[ServedModel]:
+        return [] if self.model is None else [self.model]
 
     async def drain(self) -> bool:
         """Refuse new requests and let running ones finish until the deadline; True when all did."""
@@ -266,6 +281,12 @@ def _remove_stale_socket(path: Path) -> None:
             path.unlink(missing_ok=True)
             return
     raise ConfigError(f"Another program listens on {path}.", hint="Choose another path with --uds.")
+
+
+def _openapi_bytes() -> bytes:
+    from lichen.runtime.http.openapi import document_bytes
+
+    return document_bytes()
 
 
 def _resident_bytes() -> int:

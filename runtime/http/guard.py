@@ -22,6 +22,8 @@ log = logging.getLogger("lichen.http")
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 OPEN_PATHS = frozenset({"/health", "/version"})  # need no API key, so that a supervisor can ask
 
+ERROR_CODE: web.ResponseKey[str] = web.ResponseKey("lichen_error_code", str)  # why an answer is an error
+
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -132,6 +134,7 @@ def error_response(error: LichenError) -> web.Response:
     response = web.Response(
         status=error.status, body=msgspec.json.encode(error_body(error)), content_type="application/json"
     )
+    response[ERROR_CODE] = error.code
     if (retry_after := getattr(error, "retry_after", None)) is not None:
         response.headers["Retry-After"] = str(retry_after)
     return response
