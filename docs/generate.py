@@ -72,9 +72,9 @@ def metrics_page() -> str:
     rows = [
         "# Metrics",
         "",
-        "`GET /metrics` answers in Prometheus' text format. Names that begin with `vllm:` or `llamacpp:` mean",
-        "what they mean there, so that dashboards made for those servers work. A daemon with an API key asks",
-        "for it here too.",
+        "`GET /metrics` answers in Prometheus' text format. Names that begin with `vllm:` or `llamacpp:`",
+        "mean what they mean there, so that dashboards made for those servers work. A daemon with an API key",
+        "asks for it here too.",
         "",
         "| metric | type | labels | meaning |",
         "|---|---|---|---|",

@@ -38,9 +38,7 @@ class MetricsRoute:
         return web.Response(body=text.encode(), headers={"Content-Type": CONTENT_TYPE})
 
     def _facts(self) -> ProcessFacts:
-        return ProcessFacts(
-            resident=self._resident(), version=lichen.__version__, llama_cpp=native.version()
-        )
+        return ProcessFacts(resident=self._resident(), version=lichen.__version__, llama_cpp=native.version())
 
     async def count_error(self, request: web.Request, response: web.StreamResponse) -> None:
         """aiohttp `on_response_prepare` signal: count an answer that is an error by its code."""

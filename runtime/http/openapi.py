@@ -227,18 +227,30 @@ def _content(route: Route) -> Schema:
         return {route.answer: {"schema": {"type": kind}}}
     content: Schema = {"application/json": {"schema": _reference(route.answer)}}
     if route.event is not None:
-        content["text/event-stream"] = {
-            "schema": {
-                "type": "string",
-                "description": (
-                    f"With `stream: true`, server-sent events: each `data` is a {route.event.__name__} or, "
-                    "if the answer breaks off, an Error; the last is `[DONE]`. Lines that begin with a colon "
-                    "are comments."
-                ),
-            },
-            "x-event-schema": _reference(route.event),
-        }
+        content["text/event-stream"] = {"schema": _event(route.event)}
     return content
+
+
+def _event(kind: type[msgspec.Struct]) -> Schema:
+    """One server-sent event; before version 3.2, OpenAPI has the schema of a stream mean its events."""
+    either = [_reference(kind), _reference(responses.Error)]
+    return {
+        "type": "object",
+        "description": (
+            f"With `stream: true`, server-sent events: each `data` is a {kind.__name__} or, if the answer "
+            "breaks off, an Error; the last is `[DONE]`. Lines that begin with a colon are comments."
+        ),
+        "properties": {
+            "data": {
+                "type": "string",
+                "anyOf": [
+                    {"const": "[DONE]"},
+                    {"contentMediaType": "application/json", "contentSchema": {"anyOf": either}},
+                ],
+            }
+        },
+        "required": ["data"],
+    }
 
 
 def _statuses(route: Route) -> list[int]:
@@ -291,6 +303,7 @@ def _as_accepted(body: Schema) -> None:
         properties[name] = _or_null(properties[name])
     for name, values in schema.without_effect().items():
         properties[name] = _without_effect(values)
+    body["additionalProperties"] = {"type": "null"}  # "not given", whatever the name
 
 
 def _limit(field: Schema, low: float, high: float) -> None:
@@ -303,7 +316,10 @@ def _or_null(field: Schema) -> Schema:
     """The field, or null for "not given"."""
     default = {"default": field["default"]} if "default" in field else {}
     options = field.get("anyOf", [{key: value for key, value in field.items() if key != "default"}])
-    return {"anyOf": [*(option for option in options if option != {"type": "null"}), {"type": "null"}], **default}
+    return {
+        "anyOf": [*(option for option in options if option != {"type": "null"}), {"type": "null"}],
+        **default,
+    }
 
 
 def _without_effect(values: tuple[Any, ...]) -> Schema:

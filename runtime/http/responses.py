@@ -114,7 +114,7 @@ class ChatCompletionChunk(Head, kw_only=True):
 
     object: Literal["chat.completion.chunk"]
     choices: list[ChatChunkChoice]
-    usage: UsageBody | None | UnsetType = UNSET
+    usage: UsageBody | UnsetType | None = UNSET
     timings: TimingsBody | UnsetType = UNSET
 
 
@@ -150,7 +150,7 @@ class CompletionChunk(Head, kw_only=True):
 
     object: Literal["text_completion"]
     choices: list[TextChunkChoice]
-    usage: UsageBody | None | UnsetType = UNSET
+    usage: UsageBody | UnsetType | None = UNSET
     timings: TimingsBody | UnsetType = UNSET
 
 

@@ -175,9 +175,7 @@ def test_the_daemon_answers_a_scrape(daemon: RunningDaemon) -> None:
 async def test_a_client_that_leaves_is_an_abort(daemon: RunningDaemon) -> None:
     def aborts() -> float:
         samples = read(httpx.get(f"{daemon.url}/metrics").text)
-        return value(
-            samples, "vllm:request_success_total", model_name=daemon.model, finished_reason="abort"
-        )
+        return value(samples, "vllm:request_success_total", model_name=daemon.model, finished_reason="abort")
 
     before = aborts()
     body = {"prompt": "Count: 1, 2, 3,", "max_tokens": 600, "temperature": 0, "stream": True}
