@@ -42,7 +42,7 @@ MESSAGES = 2  # in a conversation
 SHORT_TEXT = 10  # characters; exotic ones are several tokens each
 HANG_S = 20.0  # an answer of a few tokens takes a fraction of a second
 EXAMPLES = {"post": 16, "get": 3}  # of each kind for each operation in the short run
-SLOW_S = float(os.environ.get("LICHEN_FUZZ_SECONDS", "600"))
+SLOW_S = float(os.environ.get("FUZZ_SECONDS", "600"))
 
 load_all_checks()
 SCHEMA = schemathesis.openapi.from_dict(document())
