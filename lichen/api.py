@@ -146,12 +146,20 @@ class Runtime:
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> ChatStream:
         """Answer a conversation: messages of {"role", "content"}; options as in `SamplingOptions`."""
         sampling = _sampling(options)
-        return ChatStream(lambda: self.served.chat(messages, sampling))
+        
+        async def begin() -> Generation:
+            return (await self.served.chat(messages, sampling))[0]
+
+        return ChatStream(begin)
 
     def generate(self, prompt: str | list[int], **options: Any) -> ChatStream:
         """Continue a text (or token ids) as it is, without a chat template."""
         sampling = _sampling(options)
-        return ChatStream(lambda: self.served.complete(prompt, sampling))
+        
+        async def begin() -> Generation:
+            return (await self.served.complete(prompt, sampling))[0]
+
+        return ChatStream(begin)
 
     async def complete(self, prompt: str | list[int], **options: Any) -> Completion:
         """As `generate`, but the whole answer at once."""

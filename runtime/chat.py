@@ -17,6 +17,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.sandbox
 
 from lichen.errors import TemplateError
@@ -83,20 +84,37 @@ class ChatTemplate:
         if source is None:
             log.warning("The model has no chat template; ChatML is used instead.")
         self.source = source or CHATML
+        self.thinks = "</think>" in self.source
         self._tokens = {"bos_token": bos, "eos_token": eos}
         try:
-            self._template = _environment().from_string(self.source)
+            environment = _environment()
+            self._template = environment.from_string(self.source)
+            variables = jinja2.meta.find_undeclared_variables(environment.parse(self.source))
         except (jinja2.TemplateError, RecursionError, OverflowError) as error:
             raise TemplateError(f"The model's chat template cannot be compiled: {error}.") from error
+        self.takes_tools = "tools" in variables
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        add_generation_prompt: bool = True,
+    ) -> str:
         """Prompt text for these messages. Blocks for at most MAX_SECONDS: call it off the event loop.
+
+        tools: in OpenAI's shape, for a template that `takes_tools`.
 
         Raises TemplateError when the template refuses, fails, takes too long or writes too much.
         """
         job = _Rendering(
             self._template,
-            {"messages": list(messages), "add_generation_prompt": add_generation_prompt, **self._tokens},
+            {
+                "messages": list(messages),
+                "tools": list(tools) or None,
+                "add_generation_prompt": add_generation_prompt,
+                **self._tokens,
+            },
         )
         return job.result(MAX_SECONDS)
 

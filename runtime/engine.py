@@ -17,27 +17,24 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
 
 from lichen.errors import ContextOverflow, EngineError, LichenError, QueueFull, Unavailable
+from lichen.runtime.drawing import Drawing
 from lichen.runtime.generation import post
 from lichen.runtime.metrics import EngineObserver
-from lichen.runtime.native import DECODE_NO_KV_SLOT, DECODE_OK, Context, Model, Sampler
-from lichen.runtime.sampling import PENALTY_WINDOW, sampler_options
+from lichen.runtime.native import DECODE_NO_KV_SLOT, DECODE_OK, Context, Model
 from lichen.runtime.scheduler import Budget, Chunk, Scheduler
 from lichen.runtime.sequence import (
     Failed,
     Finished,
     FinishReason,
-    Piece,
     Prefill,
     Sequence,
 )
 from lichen.runtime.slots import SlotPool
-from lichen.runtime.text import TextStream
 
 log = logging.getLogger("lichen.engine")
 
@@ -65,14 +62,6 @@ class Counters(msgspec.Struct):
     cells_used: int = 0
 
 
-@dataclass(slots=True, eq=False)
-class _Live:
-    """What a sequence needs while it has a slot."""
-
-    sampler: Sampler
-    text: TextStream
-
-
 class Engine:
     """Runs sequences on one context. Thread-safe: `submit`, `cancel`, `counters`, `drain`, `close`."""
 
@@ -84,7 +73,8 @@ class Engine:
         self.state: State = "running"  # written under `_admission`
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._waiting: deque[Sequence] = deque()
-        self._running: dict[Sequence, _Live] = {}
+        self._running: dict[Sequence, Drawing] = {}
+        self._closers: list[Callable[[], None]] = []
         self._slots = SlotPool(context.slots)
         self._scheduler = Scheduler(
             Budget(
@@ -104,33 +94,46 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="lichen-engine", daemon=True)
         self._thread.start()
 
-    def submit(self, sequence: Sequence) -> None:
-        """Queue a sequence. Raises ContextOverflow, RequestError, QueueFull or Unavailable, else every
-        outcome arrives as an event."""
-        if len(sequence.prompt) >= self.context.context:
-            raise ContextOverflow(len(sequence.prompt), self.context.context)
-        sequence.options.check(self.model.vocab_size)
+    def submit(self, *sequences: Sequence) -> None:
+        """Queue sequences, all or none. Raises ContextOverflow, RequestError, QueueFull or Unavailable, else
+        every outcome arrives as an event."""
+        for sequence in sequences:
+            if len(sequence.prompt) >= self.context.context:
+                raise ContextOverflow(len(sequence.prompt), self.context.context)
+            sequence.options.check(self.model.vocab_size)
         with self._admission:
             if self.state != "running":
                 raise self._failure or Unavailable("lichen is shutting down and takes no new requests.")
-            if self._admitted >= self.queue_limit + self.context.slots:
-                self._counters.rejected += 1
+            room = self.queue_limit + self.context.slots - self._admitted
+            if len(sequences) > room:
+                self._counters.rejected += len(sequences)
                 raise QueueFull(
-                    f"{self.queue_limit} requests wait already, the most that lichen was told to queue.",
+                    f"Of {self.queue_limit} places in the queue {max(0, min(room, self.queue_limit))} are free, "
+                    f"and this request needs {len(sequences)}.",
                     retry_after=self._retry_after(),
                 )
-            self._admitted += 1
-            self._counters.requests += 1
+            self._admitted += len(sequences)
+            self._counters.requests += len(sequences)
             self._idle.clear()
-        self._inbox.put(lambda: self._waiting.append(sequence))
+        self._inbox.put(lambda: self._waiting.extend(sequences))
 
     def cancel(self, sequence: Sequence) -> None:
         """End a sequence wherever it is; its cells are free before the next step. No event follows."""
         self._inbox.put(lambda: self._cancel(sequence))
 
     def call(self, function: Callable[[], None]) -> None:
-        """Run `function` on the engine thread between two steps; it may touch the context."""
-        self._inbox.put(function)
+        """Run `function` on the engine thread between two steps; it may touch the context.
+
+        Raises Unavailable once the engine is gone, so that nobody waits for it in vain.
+        """
+        with self._admission:
+            if self.state in ("failed", "closed"):
+                raise self._failure or Unavailable("lichen was closed.")
+            self._inbox.put(function)
+
+    def on_close(self, function: Callable[[], None]) -> None:
+        """Run `function` on the engine thread before the context is freed."""
+        self._closers.append(function)
 
     def counters(self) -> Counters:
         """A snapshot of the counters; who was admitted and does not run yet is waiting."""
@@ -183,6 +186,8 @@ class Engine:
         finally:
             self._read_inbox(block=False)
             self._fail_all(Unavailable("lichen was closed."))
+            for close in self._closers:
+                close()
             self.context.close()
 
     def _closed(self) -> bool:
@@ -206,7 +211,9 @@ class Engine:
         passed: deque[Sequence] = deque()
         while self._waiting and self._slots.free:
             sequence = self._waiting.popleft()
-            if self._slots.worth_waiting(sequence.prompt, self._running):
+            if not sequence.options.deterministic and self._slots.worth_waiting(
+                sequence.prompt, self._running
+            ):
                 passed.append(sequence)  # another sequence computes the same beginning right now
             else:
                 self._start(sequence)
@@ -218,20 +225,18 @@ class Engine:
         placement = self._slots.acquire(sequence.prompt)
         assert placement is not None, "admitted without a free slot"
         slot, reused = placement.slot, placement.reused
-        if placement.copy_from is not None:
+        if sequence.options.deterministic:
+            reused = 0
+        elif placement.copy_from is not None:
             self.context.copy(placement.copy_from, slot)
-        if not self.context.truncate(slot, reused):  # memory of recurrent models cannot be cut
+        if not reused or not self.context.truncate(slot, reused):  # some models' memory cannot be cut
             self.context.clear(slot)
             reused = 0
             self._slots.update(slot, ())
         sequence.slot = slot
         sequence.computed = sequence.cached = reused
         sequence.admitted_at = time.perf_counter()
-        options = sequence.options
-        sampler = Sampler(self.model, sampler_options(options))
-        for token in sequence.prompt[-PENALTY_WINDOW:]:
-            sampler.accept(token)
-        self._running[sequence] = _Live(sampler, TextStream(options.stop))
+        self._running[sequence] = Drawing(self.model, sequence)
         self._counters.prompt_tokens += len(sequence.prompt)
         self._counters.cached_tokens += reused
 
@@ -300,7 +305,7 @@ class Engine:
 
     def _draw(self, sequence: Sequence, index: int) -> None:
         """Sample the next token of a sequence whose tokens are all computed, and what follows from it."""
-        live = self._running[sequence]
+        drawing = self._running[sequence]
         now = time.perf_counter()
         if not sequence.drawn:
             sequence.first_token_at = now
@@ -311,15 +316,19 @@ class Engine:
             else:
                 self.observer.first_token(now - sequence.submitted_at)
         sequence.last_token_at = now
-        token = live.sampler.sample(self.context, index)
+        try:
+            token = drawing.draw(self.context, index)
+        except LichenError as error:
+            self._end(sequence, Failed(error), keep=sequence.computed)
+            return
         sequence.tokens.append(token)
         self._counters.completion_tokens += 1
         if self.model.is_end(token):
             self._finish(sequence, "stop")
             return
-        if text := live.text.feed(self.model.piece(token)):
-            sequence.events.append(Piece(text))
-        if live.text.stopped:
+        if piece := drawing.show(token):
+            sequence.events.append(piece)
+        if drawing.ended:
             self._finish(sequence, "stop")
         elif sequence.drawn == sequence.options.max_tokens or len(sequence.tokens) >= self.context.context:
             self._finish(sequence, "length")
@@ -328,9 +337,8 @@ class Engine:
         self._slots.update(_slot(sequence), sequence.tokens[: sequence.computed])
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        live = self._running[sequence]
-        if text := live.text.flush():
-            sequence.events.append(Piece(text))
+        if piece := self._running[sequence].flush():
+            sequence.events.append(piece)
         self._counters.completed += 1
         if self.observer is not None:
             self.observer.finished(reason, time.perf_counter() - sequence.submitted_at)
@@ -346,9 +354,9 @@ class Engine:
             self._deliver([sequence])
 
     def _release(self, sequence: Sequence, keep: int) -> None:
-        live = self._running.pop(sequence, None)
-        if live is not None:
-            live.sampler.close()
+        drawing = self._running.pop(sequence, None)
+        if drawing is not None:
+            drawing.close()
             slot = _slot(sequence)
             if not keep:
                 self.context.clear(slot)

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 
 from lichen.errors import EngineError
+from lichen.runtime.answer import AnswerReader
 from lichen.runtime.sequence import Event, Failed, Finished, Piece, Sequence
 
 
@@ -74,8 +75,15 @@ class Generation:
     frees the sequence's cells before the engine's next step.
     """
 
-    def __init__(self, sequence: Sequence, mailbox: Mailbox, cancel: Callable[[Sequence], None]) -> None:
+    def __init__(
+        self,
+        sequence: Sequence,
+        mailbox: Mailbox,
+        cancel: Callable[[Sequence], None],
+        reader: AnswerReader | None = None,
+    ) -> None:
         self.sequence = sequence
+        self.reader = reader  # splits a chat answer's text into its parts
         self.finished: Finished | None = None
         self._mailbox = mailbox
         self._cancel = cancel

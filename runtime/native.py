@@ -30,6 +30,10 @@ DECODE_OK = 0
 DECODE_NO_KV_SLOT = 1
 
 _FLASH_ATTENTION_ENABLED = 1
+_POOLING_NONE = 0  # llama.h, enum llama_pooling_type
+_POOLING = {"1": "mean", "2": "first", "3": "last"}
+_ATTRIBUTE_CONTROL = 1 << 3  # llama.h, enum llama_token_attr
+_ATTRIBUTE_USER_DEFINED = 1 << 4
 _LOG_LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}  # ggml.h
 _library: Any = None
 _library_lock = threading.Lock()
@@ -134,6 +138,9 @@ class Model:
         self.weight_bytes = int(lib.llama_model_size(self._pointer))
         self.bos = int(lib.llama_vocab_bos(self._vocab))
         self.eos = int(lib.llama_vocab_eos(self._vocab))
+        architecture = self.metadata("general.architecture") or ""
+        self.causal = self.metadata(f"{architecture}.attention.causal") != "false"
+        self.pooling = _POOLING.get(self.metadata(f"{architecture}.pooling_type") or "", "mean")
         self._pieces: dict[int, bytes] = {}
         self._eog: dict[int, bool] = {}
 
@@ -182,6 +189,26 @@ class Model:
         if piece is None:
             piece = self._pieces[token] = self._read_piece(token, special=False)
         return piece
+
+    def reveal(self, text: str) -> bool:
+        """Let a marker show in answers if it is one token of this vocabulary; whether it is one."""
+        tokens = self.tokenize(text, special=True, add_bos=False)
+        if len(tokens) != 1 or not self.is_marker(tokens[0]):
+            return False
+        self._pieces[tokens[0]] = text.encode()
+        return True
+
+    def marked_piece(self, token: int) -> bytes:
+        """Bytes of one token as text, control tokens as they are written in a template."""
+        return self._read_piece(token, special=True)
+
+    def is_marker(self, token: int) -> bool:
+        """Whether a token is a marker (control token, or a user-defined one like <tool_call>), not text."""
+        attributes = int(self._lib.llama_vocab_get_attr(self._vocab, token))
+        if attributes & _ATTRIBUTE_CONTROL:
+            return True
+        text = self._read_piece(token, special=True) if attributes & _ATTRIBUTE_USER_DEFINED else b""
+        return text.startswith(b"<") and text.endswith(b">")
 
     def special_text(self, token: int) -> str:
         """How a control token is written in a template, or the empty string for a missing one."""
@@ -238,6 +265,7 @@ class Context:
                 hint="Lower --context or --slots.",
             )
         self._memory = lib.llama_get_memory(self._pointer)
+        self._vocab_size = model.vocab_size
         self.context = int(lib.llama_n_ctx_seq(self._pointer))  # tokens a sequence, as rounded by llama.cpp
         self.slots = size.slots
         self.batch = size.batch
@@ -304,9 +332,63 @@ class Context:
         """Tokens that a slot holds."""
         return int(self._lib.llama_memory_seq_pos_max(self._memory, slot)) + 1
 
-    def logits(self, index: int, count: int) -> list[float]:
-        """Logits [vocab] after batch entry `index`, for tests and tie reports (slow: copied to Python)."""
-        return list(self._lib.llama_get_logits_ith(self._pointer, index)[:count])
+    def logits(self, index: int) -> Any:
+        """Logits [vocab] float32 after batch entry `index`: a writable numpy view, valid until the next decode."""
+        import numpy as np
+
+        pointer = self._lib.llama_get_logits_ith(self._pointer, index)
+        return np.ctypeslib.as_array(pointer, shape=(self._vocab_size,))
+
+
+class EmbeddingContext:
+    """Gives the hidden states of one text at a time; one sequence, states of every token."""
+
+    def __init__(self, model: Model, *, context: int, batch: int, threads: int) -> None:
+        lib = self._lib = model._lib
+        params = lib.llama_context_default_params()
+        params.n_ctx = context
+        params.n_batch = params.n_ubatch = batch
+        params.n_seq_max = 1
+        params.n_threads = params.n_threads_batch = threads
+        params.embeddings = True
+        params.pooling_type = _POOLING_NONE
+        params.no_perf = True
+        self._pointer = lib.llama_init_from_model(model._pointer, params)
+        if not self._pointer:
+            raise EngineError("llama.cpp could not make a context for embeddings.")
+        self._width = int(lib.llama_model_n_embd(model._pointer))
+        self._memory = lib.llama_get_memory(self._pointer)
+        self._batch = lib.llama_batch_init(batch, 0, 1)
+
+    def states(self, tokens: list[int], start: int) -> Any:
+        """Hidden states [tokens, width] float32 of a text's tokens from position `start` on (0: a new text).
+
+        A numpy view, valid until the next call. Raises EngineError.
+        """
+        import numpy as np
+
+        if start == 0 and self._memory:
+            self._lib.llama_memory_seq_rm(self._memory, 0, -1, -1)
+        batch = self._batch
+        batch.n_tokens = len(tokens)
+        for index, token in enumerate(tokens):
+            batch.token[index] = token
+            batch.pos[index] = start + index
+            batch.n_seq_id[index] = 1
+            batch.seq_id[index][0] = 0
+            batch.logits[index] = 1
+        code = int(self._lib.llama_decode(self._pointer, batch))
+        if code != DECODE_OK:
+            raise EngineError(f"The engine could not compute this embedding: decoding failed with code {code}.")
+        pointer = self._lib.llama_get_embeddings(self._pointer)
+        return np.ctypeslib.as_array(pointer, shape=(len(tokens), self._width))
+
+    def close(self) -> None:
+        """Give the memory back; idempotent."""
+        if self._pointer:
+            self._lib.llama_batch_free(self._batch)
+            self._lib.llama_free(self._pointer)
+            self._pointer = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

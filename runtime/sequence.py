@@ -17,12 +17,14 @@ import msgspec
 from lichen.errors import LichenError, RequestError
 
 if TYPE_CHECKING:
+    from lichen.runtime.constraint import Constraint
     from lichen.runtime.generation import Mailbox
 
 FinishReason = Literal["stop", "length"]
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1024
 MAX_LOGIT_BIAS = 1024
+MAX_TOP_LOGPROBS = 20
 
 _ids = itertools.count(1)
 
@@ -34,6 +36,9 @@ class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True):
     temperature: 0 takes the likeliest token each time. top_k: 0 keeps all tokens.
     seed: the same seed, prompt and machine give the same draw; None draws a fresh one.
     stop: the answer ends before the first of these strings.
+    top_logprobs: report each token's log-probability and so many of the likeliest beside it; None: neither.
+    deterministic: compute alone, from an empty cache, in steps of one shape, so that a repeat is equal to
+    the bit (docs/determinism.md); slower, also for others.
     """
 
     max_tokens: int | None = None
@@ -47,6 +52,8 @@ class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True):
     logit_bias: dict[int, float] = {}
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    top_logprobs: int | None = None
+    deterministic: bool = False
 
     def check(self, vocab_size: int) -> None:
         """Raise RequestError naming the first field out of its range."""
@@ -59,6 +66,7 @@ class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True):
         _in_range("frequency_penalty", self.frequency_penalty, -2, 2)
         _in_range("presence_penalty", self.presence_penalty, -2, 2)
         _in_range("seed", self.seed, -(1 << 63), (1 << 64) - 1)
+        _in_range("top_logprobs", self.top_logprobs, 0, MAX_TOP_LOGPROBS)
         if len(self.stop) > MAX_STOP_STRINGS:
             raise RequestError(f"At most {MAX_STOP_STRINGS} stop strings are allowed.", param="stop")
         if any(not text or len(text) > MAX_STOP_CHARACTERS for text in self.stop):
@@ -107,10 +115,27 @@ class Prefill:
 
 
 @dataclass(slots=True, frozen=True)
+class TokenLogprob:
+    """A token, its bytes, and its natural-log probability under the model, before any sampler option.
+
+    `top` holds (token, bytes, logprob) of the likeliest ones, the best first.
+    """
+
+    token: int
+    bytes: bytes
+    logprob: float
+    top: tuple[tuple[int, bytes, float], ...]
+
+
+@dataclass(slots=True, frozen=True)
 class Piece:
-    """New text; never half a character, never part of a stop string."""
+    """New text; never half a character, never part of a stop string.
+
+    tokens: those that begin within the text up to here, where log-probabilities were asked for.
+    """
 
     text: str
+    tokens: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(slots=True, frozen=True)
@@ -139,6 +164,7 @@ class Sequence:
     prompt: list[int]
     options: SamplingOptions
     mailbox: Mailbox
+    constraint: Constraint | None = None
     id: int = field(default_factory=lambda: next(_ids))
     tokens: list[int] = field(init=False)
     computed: int = 0

@@ -11,17 +11,27 @@ import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
 from lichen.errors import RequestError
+from lichen.runtime.answer import THINK_BEGIN, THINK_END, AnswerReader, Thinking
+from lichen.runtime.answer_form import AnswerForm, Schema
 from lichen.runtime.chat import ChatTemplate, Message
+from lichen.runtime.constraint import Constraint, Grammars
+from lichen.runtime.conversation import native_messages, textual_messages
+from lichen.runtime.embedding import Embedder
 from lichen.runtime.engine import Engine
 from lichen.runtime.generation import Generation, Mailbox
+from lichen.runtime.grammar import json_grammar, whole_grammar
 from lichen.runtime.metrics import EngineMetrics
 from lichen.runtime.native import Context, ContextSize, Model
 from lichen.runtime.sequence import SamplingOptions
 from lichen.runtime.sequence import Sequence as LiveSequence
+from lichen.runtime.tools import DEFAULT, format_of, formats
+
+T = TypeVar("T")
 
 INLINE_CHARACTERS = 2048  # shorter texts are tokenized on the loop: under a millisecond
 
@@ -46,6 +56,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     architecture: str
     context: int
     slots: int
+    capabilities: tuple[str, ...] = ("completion", "chat", "embedding", "tools", "json_schema")
 
 
 class ServedModel:
@@ -69,6 +80,12 @@ class ServedModel:
         )
         self.names = frozenset({name, "default"})
         self._bos_text = model.special_text(model.bos)
+        self._grammars = Grammars(model)
+        self._native_tools = format_of(self.template.source)
+        self._tools = self._native_tools or formats()[DEFAULT]
+        markers = (self._tools.marker, THINK_BEGIN, THINK_END)
+        self._marks = frozenset(marker for marker in markers if model.reveal(marker))
+        self.embedder = Embedder(model, engine, threads=options.threads)
         self._preparing = ThreadPoolExecutor(max_workers=2, thread_name_prefix="lichen-prepare")
 
     @classmethod
@@ -107,23 +124,87 @@ class ServedModel:
             model.close()
             raise
 
-    async def chat(self, messages: Sequence[Message], options: SamplingOptions) -> Generation:
-        """Answer a conversation. Raises what the template, the tokenizer and `Engine.submit` raise."""
-        return self._submit(await self._prepare(functools.partial(self.chat_tokens, messages)), options)
+    async def chat(
+        self,
+        messages: Sequence[Message],
+        options: SamplingOptions,
+        form: AnswerForm = AnswerForm(),  # noqa: B008 - immutable
+        *,
+        count: int = 1,
+    ) -> list[Generation]:
+        """Answer a conversation `count` times, after one prefill.
 
-    async def complete(self, prompt: str | list[int], options: SamplingOptions) -> Generation:
-        """Continue a text, or token ids, as they are."""
+        Raises what the template, the tokenizer, the grammar and `Engine.submit` raise.
+        """
+        work = functools.partial(self._chat_job, messages, form, count)
+        tokens, constraints, reader = await self._prepare(work)
+        return self._submit(tokens, options, constraints, reader)
+
+    async def complete(
+        self, prompt: str | list[int], options: SamplingOptions, *, count: int = 1, schema: Schema = None
+    ) -> list[Generation]:
+        """Continue a text, or token ids, as they are. schema: the continuation is JSON that it allows."""
+        constraints: list[Constraint | None] = [None] * count
+        if schema is not None:
+            grammar = whole_grammar(json_grammar(schema))
+            constraints = await self._prepare(
+                lambda: [self._grammars.constraint(grammar, param="response_format") for _ in range(count)]
+            )
         if isinstance(prompt, list):
-            return self._submit(self._checked_tokens(prompt), options)
-        encode = functools.partial(self._model.tokenize, prompt, special=True, add_bos=True)
+            return self._submit(self._checked_tokens(prompt), options, constraints)
+        encode = functools.partial(self.tokenize, prompt)
         tokens = encode() if len(prompt) < INLINE_CHARACTERS else await self._prepare(encode)
-        return self._submit(tokens, options)
+        return self._submit(tokens, options, constraints)
 
-    def chat_tokens(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids [n] of a rendered conversation. Blocks: milliseconds for long ones."""
-        text = self.template.render(messages)
+    async def embed(self, text: str | list[int], *, truncate: bool = False) -> tuple[list[float], int]:
+        """The vector [width] of a text, of length 1, and how many tokens it was made from.
+
+        truncate: use the first tokens of a text that is too long. Raises ContextOverflow otherwise.
+        """
+        if isinstance(text, list):
+            tokens = self._checked_tokens(text)
+        else:
+            tokens = await self._prepare(functools.partial(self.tokenize, text))
+        if truncate:
+            tokens = tokens[: self.embedder.limit]
+        return await self.embedder.embed(tokens), len(tokens)
+
+    def tokenize(self, text: str, *, add_bos: bool = True) -> list[int]:
+        """Token ids [n] of a text; control tokens that are written in it count as such."""
+        return self._model.tokenize(text, special=True, add_bos=add_bos)
+
+    def piece(self, token: int) -> bytes:
+        """Bytes of a token. Raises RequestError for an id that the vocabulary does not have."""
+        return self._model.piece(self._checked_tokens([token])[0])
+
+    def prompt_text(self, messages: Sequence[Message], form: AnswerForm = AnswerForm()) -> str:  # noqa: B008
+        """The rendered conversation. Blocks: milliseconds for long ones."""
+        tools = form.offered
+        if self.template.takes_tools and self._native_tools is not None:
+            return self.template.render(native_messages(messages), tools=[tool.plain() for tool in tools])
+        return self.template.render(textual_messages(messages, tools, self._tools))
+
+    def chat_tokens(self, messages: Sequence[Message], form: AnswerForm = AnswerForm()) -> list[int]:  # noqa: B008
+        """Token ids [n] of a rendered conversation. Blocks as `prompt_text` does."""
+        return self._encoded(self.prompt_text(messages, form))
+
+    def _encoded(self, text: str) -> list[int]:
         has_bos = bool(self._bos_text) and text.startswith(self._bos_text)
         return self._model.tokenize(text, special=True, add_bos=not has_bos)
+
+    def _chat_job(
+        self, messages: Sequence[Message], form: AnswerForm, count: int
+    ) -> tuple[list[int], list[Constraint | None], Callable[[], AnswerReader]]:
+        text = self.prompt_text(messages, form)
+        thinking: Thinking = None
+        if self.template.thinks:
+            thinking = "open" if text.rstrip().endswith(THINK_BEGIN) else "maybe"
+        grammar = form.grammar(self._tools, thinking, marks=self._marks)
+        constraints = [
+            None if grammar is None else self._grammars.constraint(grammar, param=form.param) for _ in range(count)
+        ]
+        tools = self._tools if form.offered else None
+        return self._encoded(text), constraints, lambda: AnswerReader(tools=tools, thinking=thinking)
 
     def close(self) -> None:
         """End what runs and give all memory back. Blocks; idempotent."""
@@ -131,13 +212,29 @@ class ServedModel:
         self.engine.close()
         self._model.close()
 
-    def _submit(self, tokens: list[int], options: SamplingOptions) -> Generation:
+    def _submit(
+        self,
+        tokens: list[int],
+        options: SamplingOptions,
+        constraints: Sequence[Constraint | None],
+        reader: Callable[[], AnswerReader] | None = None,
+    ) -> list[Generation]:
+        """One sequence for each constraint; with a seed, each further one has the next seed."""
         if not tokens:
             raise RequestError("The prompt is empty.", param="prompt")
-        mailbox = Mailbox()
-        sequence = LiveSequence(prompt=tokens, options=options, mailbox=mailbox)
-        self.engine.submit(sequence)
-        return Generation(sequence, mailbox, self.engine.cancel)
+        sequences = []
+        for number, constraint in enumerate(constraints):
+            own = options
+            if number and options.seed is not None:
+                own = msgspec.structs.replace(options, seed=options.seed + number)
+            sequences.append(
+                LiveSequence(prompt=tokens, options=own, mailbox=Mailbox(), constraint=constraint)
+            )
+        self.engine.submit(*sequences)
+        return [
+            Generation(sequence, sequence.mailbox, self.engine.cancel, reader() if reader else None)
+            for sequence in sequences
+        ]
 
     def _checked_tokens(self, tokens: list[int]) -> list[int]:
         for token in tokens:
@@ -148,5 +245,5 @@ class ServedModel:
                 )
         return tokens
 
-    async def _prepare(self, work: Callable[[], list[int]]) -> list[int]:
+    async def _prepare(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._preparing, work)

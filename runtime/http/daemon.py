@@ -27,6 +27,7 @@ from lichen.runtime import native
 from lichen.runtime.http.guard import LOOPBACK, Guard
 from lichen.runtime.http.metrics_route import MetricsRoute
 from lichen.runtime.http.openai import OpenAIRoutes
+from lichen.runtime.http.tokens import TokenRoutes
 from lichen.runtime.metrics import ProcessMetrics
 from lichen.runtime.served_model import ServedModel
 
@@ -88,7 +89,9 @@ class Daemon:
         metrics = MetricsRoute(self._models, self.metrics, _resident_bytes)
         app.on_response_prepare.append(metrics.count_error)
         app.add_routes(metrics.routes())
-        app.add_routes(OpenAIRoutes(self.current).routes())
+        openai = OpenAIRoutes(self.current)
+        app.add_routes(openai.routes())
+        app.add_routes(TokenRoutes(openai.named).routes())
         app.add_routes(
             [
                 web.get("/health", self.health),

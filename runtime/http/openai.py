@@ -1,68 +1,29 @@
-"""OpenAI's routes: chat completions, completions and models, streamed or whole.
+"""OpenAI's routes: chat completions, completions, embeddings and models.
 
 The path of a request: `chat_completions` here, `ServedModel.chat`, `Engine.submit`, `Engine._step`,
-`native.Context.decode`; its events come back through the `Generation` that `ServedModel.chat` returns.
+`native.Context.decode`; its events come back through the `Generation`s that `ServedModel.chat` returns.
 """
 
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
 from aiohttp import web
 
-import lichen
-from lichen.errors import LichenError, NotFound
+from lichen.errors import NotFound, UnsupportedField
 from lichen.runtime.generation import Generation
-from lichen.runtime.http.guard import error_body
-from lichen.runtime.http.schema import Body, ChatBody, CompletionBody, parse
-from lichen.runtime.sequence import Finished, Piece, Prefill, Timings, Usage
+from lichen.runtime.http import wording
+from lichen.runtime.http.answers import CHAT, TEXT, Answer, Wording
+from lichen.runtime.http.schema import Body, ChatBody, CompletionBody, EmbeddingsBody, parse
 from lichen.runtime.served_model import ServedModel
 
-HEARTBEAT_S = 10.0  # a comment after so much silence, so that proxies keep the connection
 LARGE_BODY = 1 << 18  # bytes; parsed off the event loop
 
 encode = msgspec.json.encode
-
-
-@dataclass(frozen=True, slots=True)
-class _Shape:
-    """How one route words its answers: id prefix, object names, and where the text goes."""
-
-    prefix: str
-    whole: str
-    chunk: str
-    choice: Callable[[str, str | None], dict[str, Any]]
-    delta: Callable[[str], dict[str, Any]]
-    opening: dict[str, Any] | None
-
-
-_CHAT = _Shape(
-    prefix="chatcmpl-",
-    whole="chat.completion",
-    chunk="chat.completion.chunk",
-    choice=lambda text, reason: {
-        "index": 0,
-        "message": {"role": "assistant", "content": text, "refusal": None},
-        "logprobs": None,
-        "finish_reason": reason,
-    },
-    delta=lambda text: {"delta": {"content": text} if text else {}},
-    opening={"delta": {"role": "assistant", "content": ""}},
-)
-_TEXT = _Shape(
-    prefix="cmpl-",
-    whole="text_completion",
-    chunk="text_completion",
-    choice=lambda text, reason: {"index": 0, "text": text, "logprobs": None, "finish_reason": reason},
-    delta=lambda text: {"text": text},
-    opening=None,
-)
 
 
 class OpenAIRoutes:
@@ -77,33 +38,63 @@ class OpenAIRoutes:
         return [
             web.post("/v1/chat/completions", self.chat_completions),
             web.post("/v1/completions", self.completions),
+            web.post("/v1/embeddings", self.embeddings),
             web.get("/v1/models", self.models),
             web.get("/v1/models/{name:.+}", self.model),
         ]
 
     async def chat_completions(self, request: web.Request) -> web.StreamResponse:
         """Answer a conversation."""
-        body = await _read(request, ChatBody)
-        model = self._named(body.model)
-        generation = await model.chat([message.plain() for message in body.messages], body.sampling())
-        return await self._answer(request, body, model, generation, _CHAT)
+        body: ChatBody = await read(request, ChatBody)
+        model = self.named(body.model)
+        messages = [message.plain() for message in body.messages]
+        generations = await model.chat(messages, body.sampling(), body.form(), count=body.n)
+        return await _answer(request, body, model, generations, CHAT)
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
-        """Continue a text."""
-        body = await _read(request, CompletionBody)
-        model = self._named(body.model)
-        generation = await model.complete(body.one_prompt(), body.sampling())
-        return await self._answer(request, body, model, generation, _TEXT)
+        """Continue one text or several."""
+        body: CompletionBody = await read(request, CompletionBody)
+        model = self.named(body.model)
+        options, prompts = body.sampling(), body.prompts()
+        generations: list[Generation] = []
+        try:
+            for prompt in prompts:
+                generations += await model.complete(prompt, options, count=body.n)
+        except BaseException:
+            _close(generations)
+            raise
+        return await _answer(request, body, model, generations, TEXT, prompts=len(prompts))
+
+    async def embeddings(self, request: web.Request) -> web.Response:
+        """A vector for each input."""
+        body: EmbeddingsBody = await read(request, EmbeddingsBody)
+        model = self.named(body.model)
+        count = 0
+        data = []
+        for index, text in enumerate(body.inputs()):
+            vector, tokens = await model.embed(text, truncate=body.truncate)
+            if body.dimensions not in (None, len(vector)):
+                raise UnsupportedField(
+                    f"This model's embeddings have {len(vector)} dimensions; they cannot be cut to "
+                    f"{body.dimensions}.",
+                    param="dimensions",
+                )
+            count += tokens
+            value = wording.embedding_value(vector, body.encoding_format)
+            data.append({"object": "embedding", "index": index, "embedding": value})
+        usage = {"prompt_tokens": count, "total_tokens": count}
+        return json_response({"object": "list", "data": data, "model": model.info.name, "usage": usage})
 
     async def models(self, request: web.Request) -> web.Response:
         """The models that can answer now."""
-        return _json({"object": "list", "data": [self._card(self._current())]})
+        return json_response({"object": "list", "data": [self._card(self._current())]})
 
     async def model(self, request: web.Request) -> web.Response:
         """One model."""
-        return _json(self._card(self._named(request.match_info["name"])))
+        return json_response(self._card(self.named(request.match_info["name"])))
 
-    def _named(self, name: str | None) -> ServedModel:
+    def named(self, name: str | None) -> ServedModel:
+        """The model of that name, or the one that is served. Raises NotFound or Unavailable."""
         model = self._current()
         if name is not None and name not in model.names:
             raise NotFound(
@@ -121,129 +112,46 @@ class OpenAIRoutes:
             "context_length": info.context,
             "architecture": info.architecture,
             "sha256": info.sha256,
+            "capabilities": list(info.capabilities),
         }
 
-    async def _answer(
-        self, request: web.Request, body: Body, model: ServedModel, generation: Generation, shape: _Shape
-    ) -> web.StreamResponse:
-        head = {
-            "id": shape.prefix + secrets.token_hex(12),
-            "object": shape.chunk if body.stream else shape.whole,
-            "created": int(time.time()),
-            "model": model.info.name,
-            "system_fingerprint": f"lichen-{lichen.__version__}",
-        }
-        try:
-            if body.stream:
-                usage = body.stream_options is not None and body.stream_options.include_usage
-                return await _Stream(request, head, shape, include_usage=usage).send(generation)
-            text = await generation.text()
-        finally:
-            generation.close()  # a client that is gone frees its cells at the next step
-        finished = generation.finished
-        assert finished is not None, "text() returns only when the answer is complete"
-        choice = shape.choice(text, finished.reason)
-        return _json(
-            {
-                **head,
-                "choices": [choice],
-                "usage": usage_json(finished.usage),
-                "timings": timings_json(finished),
-            }
-        )
+
+async def _answer(
+    request: web.Request,
+    body: Body,
+    model: ServedModel,
+    generations: Sequence[Generation],
+    words: Wording,
+    *,
+    prompts: int = 1,
+) -> web.StreamResponse:
+    answer = Answer(
+        request=request,
+        model=model.info.name,
+        generations=generations,
+        wording=words,
+        prompts=prompts,
+        include_usage=body.stream_options is not None and body.stream_options.include_usage,
+    )
+    try:
+        return await answer.stream() if body.stream else await answer.whole()
+    finally:
+        _close(generations)  # a client that is gone frees its cells at the next step
 
 
-class _Stream:
-    """One answer as server-sent events, chunk for chunk as OpenAI's clients expect them."""
-
-    def __init__(
-        self, request: web.Request, head: dict[str, Any], shape: _Shape, *, include_usage: bool
-    ) -> None:
-        self._request = request
-        self._head = head
-        self._shape = shape
-        self._include_usage = include_usage
-        self._response = web.StreamResponse(
-            headers={
-                "Content-Type": "text/event-stream; charset=utf-8",
-                "Cache-Control": "no-cache",
-                "X-Accel-Buffering": "no",
-            }
-        )
-        # A token's chunk is this frame around its text, so that nothing else is encoded for each token.
-        marker = "\x00"
-        frame = self._chunk(shape.delta(marker), None)
-        self._before, _, self._after = frame.partition(encode(marker))
-
-    async def send(self, generation: Generation) -> web.StreamResponse:
-        """Write events until the answer ends; an error after the first byte is sent as an event."""
-        response = self._response
-        await response.prepare(self._request)
-        try:
-            if self._shape.opening is not None:
-                await response.write(self._chunk(self._shape.opening, None))
-            while not generation.done:
-                event = await generation.next(HEARTBEAT_S)
-                if isinstance(event, Piece):
-                    await response.write(self._before + encode(event.text) + self._after)
-                elif isinstance(event, Prefill):
-                    await response.write(b": prefill %d/%d\n\n" % (event.done, event.total))
-                elif event is None:
-                    await response.write(b": waiting\n\n")
-                else:
-                    await response.write(self._closing(event))
-        except LichenError as error:
-            await response.write(b"data: " + encode(error_body(error)) + b"\n\n")
-        except ConnectionError:  # the client is gone; the generation is closed by the caller
-            return response
-        await response.write_eof()
-        return response
-
-    def _closing(self, event: Any) -> bytes:
-        assert isinstance(event, Finished), "the only event that is left"
-        last = self._chunk(self._shape.delta(""), event.reason, timings=timings_json(event))
-        if self._include_usage:
-            usage = {**self._head, "choices": [], "usage": usage_json(event.usage)}
-            last += b"data: " + encode(usage) + b"\n\n"
-        return last + b"data: [DONE]\n\n"
-
-    def _chunk(self, part: dict[str, Any], reason: str | None, **more: Any) -> bytes:
-        choice = {"index": 0, **part, "logprobs": None, "finish_reason": reason}
-        chunk: dict[str, Any] = {**self._head, "choices": [choice], **more}
-        if self._include_usage:
-            chunk["usage"] = None
-        return b"data: " + encode(chunk) + b"\n\n"
+def _close(generations: Sequence[Generation]) -> None:
+    for generation in generations:
+        generation.close()
 
 
-def usage_json(usage: Usage) -> dict[str, Any]:
-    """Token counts in OpenAI's shape."""
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-    }
-
-
-def timings_json(finished: Finished) -> dict[str, Any]:
-    """lichen's own addition to an answer: where its time went, in milliseconds."""
-    timings: Timings = finished.timings
-    return {
-        "queued_ms": round(timings.queued_s * 1e3, 3),
-        "prefill_ms": round(timings.prefill_s * 1e3, 3),
-        "decode_ms": round(timings.decode_s * 1e3, 3),
-        "ttft_ms": round(timings.ttft_s * 1e3, 3),
-        "tokens_per_second": round(timings.tokens_per_second, 2),
-        "cached_tokens": finished.usage.cached_tokens,
-    }
-
-
-async def _read(request: web.Request, kind: type[msgspec.Struct]) -> Any:
+async def read(request: web.Request, kind: type[msgspec.Struct]) -> Any:
+    """The request's body as `kind`. Raises RequestError naming what is wrong."""
     data = await request.read()
     if len(data) > LARGE_BODY:
         return await asyncio.to_thread(parse, data, kind)
     return parse(data, kind)
 
 
-def _json(body: dict[str, Any]) -> web.Response:
+def json_response(body: dict[str, Any]) -> web.Response:
+    """A 200 with a JSON body."""
     return web.Response(body=encode(body), content_type="application/json")

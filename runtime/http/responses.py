@@ -64,12 +64,45 @@ class Head(Struct, kw_only=True):
     system_fingerprint: str
 
 
+class CalledFunction(Struct):
+    """A call as the model made it; `arguments` is JSON text."""
+
+    name: str
+    arguments: str
+
+
+class AnswerCall(Struct, kw_only=True):
+    """One call that the model asks for."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class AnswerMessage(Struct, kw_only=True):
-    """The model's message."""
+    """The model's message; `content` is null where it only makes calls."""
 
     role: Literal["assistant"]
     content: str | None
     refusal: None
+    tool_calls: list[AnswerCall] | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+
+
+class FunctionDelta(Struct, kw_only=True):
+    """What a chunk adds to a call: first its name, then pieces of its arguments."""
+
+    arguments: str
+    name: str | UnsetType = UNSET
+
+
+class CallDelta(Struct, kw_only=True):
+    """What a chunk adds to one of the calls; `id` stands where it begins."""
+
+    index: int
+    function: FunctionDelta
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
 
 
 class Delta(Struct, kw_only=True):
@@ -77,6 +110,38 @@ class Delta(Struct, kw_only=True):
 
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    tool_calls: list[CallDelta] | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+
+
+class LikelyToken(Struct, kw_only=True):
+    """A token that could have stood here. bytes: of its text, which may be part of a character."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChosenToken(LikelyToken, kw_only=True):
+    """A token of the answer, with the likeliest ones in its place."""
+
+    top_logprobs: list[LikelyToken]
+
+
+class ChatLogprobs(Struct, kw_only=True):
+    """Log-probabilities of the tokens of a message."""
+
+    content: list[ChosenToken]
+    refusal: None
+
+
+class TextLogprobs(Struct, kw_only=True):
+    """Log-probabilities of the tokens of a text; `text_offset` counts characters."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
 
 
 FinishReason = Literal["stop", "length"]
@@ -87,8 +152,8 @@ class ChatChoice(Struct, kw_only=True):
 
     index: int
     message: AnswerMessage
-    logprobs: None
-    finish_reason: FinishReason
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | Literal["tool_calls"]
 
 
 class ChatChunkChoice(Struct, kw_only=True):
@@ -96,8 +161,8 @@ class ChatChunkChoice(Struct, kw_only=True):
 
     index: int
     delta: Delta
-    logprobs: None
-    finish_reason: FinishReason | None
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | Literal["tool_calls"] | None
 
 
 class ChatCompletion(Head, kw_only=True):
@@ -123,7 +188,7 @@ class TextChoice(Struct, kw_only=True):
 
     index: int
     text: str
-    logprobs: None
+    logprobs: TextLogprobs | None
     finish_reason: FinishReason
 
 
@@ -132,7 +197,7 @@ class TextChunkChoice(Struct, kw_only=True):
 
     index: int
     text: str
-    logprobs: None
+    logprobs: TextLogprobs | None
     finish_reason: FinishReason | None
 
 
@@ -164,6 +229,56 @@ class ModelCard(Struct, kw_only=True):
     context_length: int
     architecture: str
     sha256: str
+    capabilities: list[str]
+
+
+class EmbeddingUsage(Struct):
+    """Tokens of all inputs."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embedding(Struct, kw_only=True):
+    """The vector of one input: numbers, or base64 of its little-endian float32."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingList(Struct, kw_only=True):
+    """Answer of `POST /v1/embeddings`."""
+
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+
+
+class TokenPiece(Struct):
+    """A token and its text, or its bytes where they are no whole text."""
+
+    id: int
+    piece: str | list[int]
+
+
+class TokenList(Struct):
+    """Answer of `POST /tokenize`: ids, or with `with_pieces` their texts too."""
+
+    tokens: list[int | TokenPiece]
+
+
+class TokenText(Struct):
+    """Answer of `POST /detokenize`."""
+
+    content: str
+
+
+class PromptText(Struct):
+    """Answer of `POST /apply-template`."""
+
+    prompt: str
 
 
 class ModelList(Struct, kw_only=True):

@@ -13,24 +13,20 @@ import msgspec
 from msgspec import Meta
 
 from lichen.errors import RequestError, UnsupportedField
-from lichen.runtime.sequence import SamplingOptions
+from lichen.runtime.answer_form import AnswerForm
+from lichen.runtime.grammar import JSON_OBJECT
+from lichen.runtime.sequence import MAX_TOP_LOGPROBS, SamplingOptions
+from lichen.runtime.tools import Tool
 
 COMPLETION_TOKENS = 16  # OpenAI's default length for /v1/completions
 
 # field -> values that change nothing (besides null); `...` means any value
 _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
@@ -47,8 +43,15 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "prompt_cache_retention": (...,),
 }
 
+MAX_CHOICES = 64
+MAX_TOOLS = 128
+MAX_INPUTS = 2048
+
 T = TypeVar("T")
 Count = Annotated[int, Meta(ge=1)]
+Choices = Annotated[int, Meta(ge=1, le=MAX_CHOICES)]
+Top = Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)]
+FunctionName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -75,11 +78,14 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     stop: str | list[str] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
+    n: Choices = 1
+    deterministic: bool = False  # lichen's own: docs/determinism.md
+    keep_alive: float | str | None = None  # lichen's own: seconds the model stays loaded after this request
 
     def sampling(self) -> SamplingOptions:
         """The engine's options; what the request leaves out takes lichen's default."""
         names = SamplingOptions.__struct_fields__
-        given = {name: getattr(self, name) for name in names if name not in {"stop", "logit_bias"}}
+        given = {name: getattr(self, name, None) for name in names if name not in {"stop", "logit_bias"}}
         options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         if self.stop is not None:
             options["stop"] = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
@@ -98,19 +104,107 @@ class TextPart(msgspec.Struct, tag="text", tag_field="type", forbid_unknown_fiel
     text: str
 
 
+class FunctionCall(msgspec.Struct, forbid_unknown_fields=True):
+    """A call as the model made it; `arguments` is JSON text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(msgspec.Struct, forbid_unknown_fields=True):
+    """One tool call of an earlier answer."""
+
+    id: str
+    function: FunctionCall
+    type: Literal["function"] = "function"
+    index: int | None = None
+
+
 class ChatMessage(msgspec.Struct, forbid_unknown_fields=True):
     """One message; `developer` is what newer clients call `system`."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
     name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
 
-    def plain(self) -> dict[str, str]:
+    def __post_init__(self) -> None:
+        if self.content is None and not self.tool_calls:
+            raise ValueError("Object missing required field `content`")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("only a message of the assistant can have `tool_calls`")
+
+    def plain(self) -> dict[str, Any]:
         """As chat templates expect it."""
         content = self.content
-        text = content if isinstance(content, str) else "".join(part.text for part in content)
-        message = {"role": "system" if self.role == "developer" else self.role, "content": text}
-        return message if self.name is None else {**message, "name": self.name}
+        text = "".join(part.text for part in content) if isinstance(content, list) else content or ""
+        message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        if self.tool_calls:
+            message["tool_calls"] = [msgspec.to_builtins(call) for call in self.tool_calls]
+        for name in ("name", "tool_call_id", "reasoning_content"):
+            if (value := getattr(self, name)) is not None:
+                message[name] = value
+        return message
+
+
+class FunctionSpec(msgspec.Struct, forbid_unknown_fields=True):
+    """A function that may be called; `parameters` is the JSON schema of its arguments."""
+
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ToolSpec(msgspec.Struct, forbid_unknown_fields=True):
+    """One entry of `tools`."""
+
+    function: FunctionSpec
+    type: Literal["function"] = "function"
+
+    def tool(self) -> Tool:
+        """As the runtime knows it."""
+        function = self.function
+        parameters = function.parameters or {"type": "object", "properties": {}}
+        return Tool(function.name, function.description or "", parameters, bool(function.strict))
+
+
+class FunctionChoice(msgspec.Struct, forbid_unknown_fields=True):
+    """The name in a `tool_choice` that names one."""
+
+    name: str
+
+
+class ToolChoice(msgspec.Struct, forbid_unknown_fields=True):
+    """`tool_choice` that names the one function to call."""
+
+    function: FunctionChoice
+    type: Literal["function"] = "function"
+
+
+class TextFormat(msgspec.Struct, tag="text", tag_field="type", forbid_unknown_fields=True):
+    """Any text."""
+
+
+class JSONObjectFormat(msgspec.Struct, tag="json_object", tag_field="type", forbid_unknown_fields=True):
+    """Any JSON object."""
+
+
+class JSONSchema(msgspec.Struct, forbid_unknown_fields=True):
+    """A named JSON schema. strict: false lets keywords that cannot be enforced pass."""
+
+    name: str = "answer"
+    schema: dict[str, Any] | bool | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class JSONSchemaFormat(msgspec.Struct, tag="json_schema", tag_field="type", forbid_unknown_fields=True):
+    """JSON that a schema allows."""
+
+    json_schema: JSONSchema
 
 
 class ChatBody(Body, kw_only=True, forbid_unknown_fields=True):
@@ -118,6 +212,12 @@ class ChatBody(Body, kw_only=True, forbid_unknown_fields=True):
 
     messages: Annotated[list[ChatMessage], Meta(min_length=1)]
     max_completion_tokens: Count | None = None
+    logprobs: bool = False
+    top_logprobs: Top | None = None
+    tools: Annotated[list[ToolSpec], Meta(max_length=MAX_TOOLS)] = []
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    parallel_tool_calls: bool = True
+    response_format: TextFormat | JSONObjectFormat | JSONSchemaFormat | None = None
 
     def sampling(self) -> SamplingOptions:
         if self.max_completion_tokens is not None:
@@ -126,30 +226,109 @@ class ChatBody(Body, kw_only=True, forbid_unknown_fields=True):
                     "max_tokens and max_completion_tokens differ; give one of them.", param="max_tokens"
                 )
             self.max_tokens = self.max_completion_tokens
-        return super().sampling()
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError("top_logprobs is only allowed with logprobs: true.", param="top_logprobs")
+        top = (self.top_logprobs or 0) if self.logprobs else None
+        return msgspec.structs.replace(super().sampling(), top_logprobs=top)
+
+    def form(self) -> AnswerForm:
+        """What form the answer must have. Raises RequestError for a choice that fits no tool."""
+        tools = tuple(spec.tool() for spec in self.tools)
+        names = [tool.name for tool in tools]
+        if len(set(names)) < len(names):
+            raise RequestError("Two tools have the same name.", param="tools")
+        choice = self.tool_choice
+        if choice is not None and choice != "none" and not tools:
+            raise RequestError("tool_choice is only allowed with tools.", param="tool_choice")
+        name = choice.function.name if isinstance(choice, ToolChoice) else choice or "auto"
+        if isinstance(choice, ToolChoice) and name not in names:
+            raise RequestError(f"tool_choice names {name!r}, which is not in tools.", param="tool_choice")
+        wanted = self.response_format
+        spec = wanted.json_schema if isinstance(wanted, JSONSchemaFormat) else None
+        schema = JSON_OBJECT if isinstance(wanted, JSONObjectFormat) else spec.schema if spec else None
+        if spec is not None and schema is None:
+            raise RequestError("The field response_format.json_schema.schema is required.", param="response_format")
+        return AnswerForm(
+            tools=tools,
+            tool_choice=name,
+            named=isinstance(choice, ToolChoice),
+            parallel=self.parallel_tool_calls,
+            schema=schema,
+            lenient=spec is not None and spec.strict is False,
+        )
 
 
 class CompletionBody(Body, kw_only=True, forbid_unknown_fields=True):
-    """`POST /v1/completions`; the prompt is a text, or token ids."""
+    """`POST /v1/completions`; a prompt is a text or token ids, and there may be several."""
 
-    prompt: str | list[str | int]
+    prompt: str | list[str | int | list[int]]
+    logprobs: Top | None = None
 
-    def one_prompt(self) -> str | list[int]:
-        """The prompt; a list of one text is that text."""
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, each of which gets its own answers."""
         if isinstance(self.prompt, str):
-            return self.prompt
-        texts = [item for item in self.prompt if isinstance(item, str)]
+            return [self.prompt]
         tokens = [item for item in self.prompt if isinstance(item, int)]
-        if len(self.prompt) == 1 and texts:
-            return texts[0]
-        if texts:
-            raise UnsupportedField("lichen takes one prompt a request.", param="prompt")
-        return tokens
+        if len(tokens) == len(self.prompt):
+            return [tokens]
+        if tokens:
+            raise RequestError("A list of prompts must not be mixed with token ids.", param="prompt")
+        if len(self.prompt) * self.n > MAX_CHOICES:
+            raise RequestError(f"At most {MAX_CHOICES} answers are allowed.", param="prompt")
+        return [item for item in self.prompt if not isinstance(item, int)]
 
     def sampling(self) -> SamplingOptions:
         if self.max_tokens is None:
             self.max_tokens = COMPLETION_TOKENS
-        return super().sampling()
+        return msgspec.structs.replace(super().sampling(), top_logprobs=self.logprobs)
+
+
+class EmbeddingsBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """`POST /v1/embeddings`. truncate: cut an input that is too long instead of refusing it (lichen's own)."""
+
+    input: str | list[str | int | list[int]]
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Count | None = None
+    truncate: bool = False
+    keep_alive: float | str | None = None
+
+    def inputs(self) -> list[str | list[int]]:
+        """The inputs, each of which gets a vector."""
+        if isinstance(self.input, str):
+            return [self.input]
+        tokens = [item for item in self.input if isinstance(item, int)]
+        if tokens and len(tokens) == len(self.input):
+            return [tokens]
+        if tokens or not self.input or len(self.input) > MAX_INPUTS:
+            raise RequestError(
+                f"input must be a text, token ids, or a list of 1 to {MAX_INPUTS} of either.", param="input"
+            )
+        return [item for item in self.input if not isinstance(item, int)]
+
+
+class TokenizeBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """`POST /tokenize`. add_special: also what the model wants at a text's start. with_pieces: also bytes."""
+
+    content: str
+    model: str | None = None
+    add_special: bool = False
+    with_pieces: bool = False
+
+
+class DetokenizeBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """`POST /detokenize`."""
+
+    tokens: list[int]
+    model: str | None = None
+
+
+class TemplateBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """`POST /apply-template`: the prompt text that a chat request with these fields would have."""
+
+    messages: Annotated[list[ChatMessage], Meta(min_length=1)]
+    model: str | None = None
+    tools: Annotated[list[ToolSpec], Meta(max_length=MAX_TOOLS)] = []
 
 
 def parse(body: bytes, kind: type[T]) -> T:

@@ -42,7 +42,7 @@ def plain_loop(
             done += len(part)
             if done < len(tokens):
                 continue
-            logits = native.logits(len(part) - 1, model.vocab_size)
+            logits = native.logits(len(part) - 1).tolist()
             best = max(logits)
             first = logits.index(best)
             logits[first] = float("-inf")

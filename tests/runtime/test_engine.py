@@ -53,7 +53,7 @@ class Bench:
 
 @pytest.fixture(autouse=True)
 def counting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lichen.runtime.engine.Sampler", CountingSampler)
+    monkeypatch.setattr("lichen.runtime.drawing.Sampler", CountingSampler)
 
 
 @pytest.fixture

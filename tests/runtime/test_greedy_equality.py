@@ -60,7 +60,7 @@ def messages(question: str) -> list[dict[str, str]]:
 
 
 async def greedy(served: ServedModel, question: str) -> list[int]:
-    generation = await served.chat(messages(question), GREEDY)
+    (generation,) = await served.chat(messages(question), GREEDY)
     await generation.text()
     return generation.sequence.tokens[len(generation.sequence.prompt) :]
 

@@ -116,7 +116,7 @@ async def test_the_engine_tells_its_observer_of_every_token(served: ServedModel)
     counts = {name: getattr(before, name).cumulative()[-1] for name in ("to_first_token", "between_tokens")}
     ended = dict(before.reasons)
     options = SamplingOptions(max_tokens=6, temperature=0)
-    made = await served.complete("1, 2, 3, 4,", options)
+    (made,) = await served.complete("1, 2, 3, 4,", options)
     await made.text()
     assert made.finished is not None
     drawn = made.finished.usage.completion_tokens
@@ -128,7 +128,7 @@ async def test_the_engine_tells_its_observer_of_every_token(served: ServedModel)
 
 async def test_the_times_are_those_of_the_answer(served: ServedModel) -> None:
     served.metrics = served.engine.observer = EngineMetrics()
-    made = await served.complete("Once upon a time", SamplingOptions(max_tokens=8, temperature=0, seed=1))
+    (made,) = await served.complete("Once upon a time", SamplingOptions(max_tokens=8, temperature=0, seed=1))
     await made.text()
     assert made.finished is not None
     timings, metrics = made.finished.timings, served.metrics

@@ -41,7 +41,7 @@ class Prompted:
         code = self.context.decode(tokens, list(range(len(tokens))), [0] * len(tokens), outputs)
         assert code == DECODE_OK
         self.index = len(tokens) - 1
-        self.logits = self.context.logits(self.index, self.model.vocab_size)
+        self.logits = self.context.logits(self.index).tolist()
 
     def draw(self, count: int = 1, **changes: Any) -> list[int]:
         fields = {name: getattr(NEUTRAL, name) for name in NEUTRAL.__dataclass_fields__}
@@ -122,7 +122,7 @@ def test_a_seed_repeats_the_draws_and_another_does_not(prompted: Prompted) -> No
 async def test_a_seed_repeats_an_answer_of_the_engine(served: ServedModel) -> None:
     async def answer(seed: int | None) -> str:
         options = SamplingOptions(temperature=1.0, seed=seed, max_tokens=24)
-        return await (await served.complete("Once upon a time", options)).text()
+        return await (await served.complete("Once upon a time", options))[0].text()
 
     await answer(3)  # the prompt is cached from here on, so the next two see the same batches
     assert await answer(3) == await answer(3)

@@ -1,0 +1,63 @@
+"""What form an answer must have, as a request asks for it: tools, a JSON schema, or neither."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+from typing import Any
+
+import msgspec
+
+from lichen.runtime.answer import THINK_BEGIN, THINK_END, Thinking
+from lichen.runtime.grammar import json_grammar, tool_grammar, whole_grammar
+from lichen.runtime.tools import Tool, ToolFormat
+
+Schema = Mapping[str, Any] | bool | None
+
+
+class AnswerForm(msgspec.Struct, frozen=True, kw_only=True):
+    """tool_choice: "auto", "none", "required", or the name of the one tool to call (with `named`).
+
+    schema: what the answer's JSON must satisfy. lenient: keywords that cannot be enforced are ignored.
+    """
+
+    tools: tuple[Tool, ...] = ()
+    tool_choice: str = "auto"
+    named: bool = False
+    parallel: bool = True
+    schema: Schema = None
+    lenient: bool = False
+
+    @property
+    def offered(self) -> tuple[Tool, ...]:
+        """The tools that the model may call."""
+        if self.named:
+            return tuple(tool for tool in self.tools if tool.name == self.tool_choice)
+        return () if self.tool_choice == "none" else self.tools
+
+    @property
+    def param(self) -> str:
+        """The request's field that the grammar comes from."""
+        return "tools" if self.offered else "response_format"
+
+    def grammar(self, form: ToolFormat, thinking: Thinking, *, marks: Set[str]) -> str | None:
+        """The whole grammar, or None where anything may be said. marks: markers that are one token."""
+        if self.offered:
+            required = self.named or self.tool_choice == "required"
+            answer = tool_grammar(
+                self.offered,
+                form,
+                required=required,
+                parallel=self.parallel and not self.named,
+                marker_is_token=form.marker in marks,
+                otherwise=self.schema,
+            )
+        elif self.schema is not None:
+            answer = json_grammar(self.schema, lenient=self.lenient)
+        else:
+            return None
+        return whole_grammar(
+            answer,
+            thinking=thinking,
+            begin_is_token=THINK_BEGIN in marks,
+            end_is_token=THINK_END in marks,
+        )
