@@ -63,6 +63,7 @@ def cheap(body: Any) -> Any:
         body["n"] = 2
     if isinstance(body.get("model"), str) and len(body["model"]) % 4:
         body["model"] = "default"
+    body.setdefault("stream", len(body) % 2 == 0)
     if isinstance(body.get("stream_options"), dict) and body.get("stream") in (None, False):
         body["stream"] = True
     if isinstance(body.get("logit_bias"), dict) and len(body["logit_bias"]) % 3:
