@@ -189,9 +189,19 @@ LIMITS: dict[str, tuple[float, float]] = {
 }
 
 
+@functools.cache
+def document_bytes() -> bytes:
+    """The document as JSON; the same for every daemon of this version."""
+    return msgspec.json.encode(_document())
+
+
 def document() -> Schema:
-    """The whole document; the same for every daemon of this version."""
-    components = _components()
+    """The document as whoever fetches it sees it."""
+    read: Schema = msgspec.json.decode(document_bytes())
+    return read
+
+
+def _document() -> Schema:
     return {
         "openapi": "3.1.0",
         "info": {
@@ -203,7 +213,7 @@ def document() -> Schema:
         "servers": [{"url": "http://127.0.0.1:8642"}],
         "paths": _paths(),
         "components": {
-            "schemas": components,
+            "schemas": _components(),
             "responses": {str(status): _error_response(status) for status in _all_statuses()},
             "securitySchemes": {
                 "key": {
@@ -215,12 +225,6 @@ def document() -> Schema:
         },
         "security": [{}, {"key": []}],
     }
-
-
-@functools.cache
-def document_bytes() -> bytes:
-    """The document as JSON."""
-    return msgspec.json.encode(document())
 
 
 def _paths() -> Schema:
