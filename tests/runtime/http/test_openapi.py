@@ -22,6 +22,20 @@ from lichen.runtime.sequence import SamplingOptions
 from tests.conftest import RunningDaemon, StartDaemon
 
 HELLO = [{"role": "user", "content": "Hello"}]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "greet",
+            "parameters": {
+                "type": "object",
+                "properties": {"loud": {"type": "boolean"}},
+                "required": ["loud"],
+                "additionalProperties": False,
+            },
+        },
+    }
+]
 DOCUMENT = document()
 
 
@@ -104,11 +118,37 @@ ANSWERS = [
     ("/v1/chat/completions", {"messages": HELLO, "max_tokens": 4}),
     ("/v1/chat/completions", {"messages": HELLO, "max_tokens": 40, "stop": ["e"], "user": "me"}),
     ("/v1/completions", {"prompt": "1, 2, 3,", "max_tokens": 4}),
+    (
+        "/v1/chat/completions",
+        {"messages": HELLO, "max_tokens": 3, "n": 2, "logprobs": True, "top_logprobs": 2},
+    ),
+    ("/v1/completions", {"prompt": ["1, 2,", "a, b,"], "max_tokens": 3, "logprobs": 2}),
+    (
+        "/v1/chat/completions",
+        {"messages": HELLO, "max_tokens": 60, "temperature": 0, "tool_choice": "required", "tools": TOOLS},
+    ),
 ]
 
 
 @pytest.mark.parametrize(("path", "body"), ANSWERS)
 def test_whole_answers_are_as_documented(daemon: RunningDaemon, path: str, body: dict[str, Any]) -> None:
+    answer = httpx.post(daemon.url + path, json=body, timeout=30)
+    assert answer.status_code == 200
+    check(answer.json(), answer_schema("post", path, 200)["schema"])
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/embeddings", {"input": ["moss", "fern"]}),
+        ("/v1/embeddings", {"input": "moss", "encoding_format": "base64"}),
+        ("/tokenize", {"content": "moss 🌿"}),
+        ("/tokenize", {"content": "moss 🌿", "with_pieces": True}),
+        ("/detokenize", {"tokens": [33, 34]}),
+        ("/apply-template", {"messages": HELLO}),
+    ],
+)
+def test_other_answers_are_as_documented(daemon: RunningDaemon, path: str, body: dict[str, Any]) -> None:
     answer = httpx.post(daemon.url + path, json=body, timeout=30)
     assert answer.status_code == 200
     check(answer.json(), answer_schema("post", path, 200)["schema"])
