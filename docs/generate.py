@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 
 from lichen import errors
 from lichen.config import SETTINGS
+from lichen.runtime.http.openapi import document
+from lichen.runtime.metrics import METRICS
 
 FOLDER = Path(__file__).resolve().parent / "reference"
 COMMANDS = (
@@ -79,7 +82,40 @@ def commands_page() -> str:
     return "\n".join(parts)
 
 
-PAGES = {"errors.md": errors_page, "configuration.md": configuration_page, "commands.md": commands_page}
+def metrics_page() -> str:
+    """Every series of `GET /metrics`."""
+    rows = [
+        "# Metrics",
+        "",
+        "`GET /metrics` answers in Prometheus' text format. Names that begin with `vllm:` or `llamacpp:`",
+        "mean what they mean there, so that dashboards made for those servers work. A daemon with an API key",
+        "asks for it here too.",
+        "",
+        "| metric | type | labels | meaning |",
+        "|---|---|---|---|",
+    ]
+    for metric in METRICS:
+        labels = ", ".join(f"`{label}`" for label in metric.labels)
+        rows.append(f"| `{metric.name}` | {metric.kind} | {labels} | {metric.help} |")
+    rows += ["", "Upper ends of the buckets, in seconds:", ""]
+    for metric in METRICS:
+        if metric.buckets:
+            rows.append(f"- `{metric.name}`: {', '.join(f'{bound:g}' for bound in metric.buckets)}")
+    return "\n".join([*rows, ""])
+
+
+def openapi_document() -> str:
+    """What `GET /openapi.json` answers, laid out for reading."""
+    return json.dumps(document(), indent=2, ensure_ascii=False) + "\n"
+
+
+PAGES = {
+    "errors.md": errors_page,
+    "configuration.md": configuration_page,
+    "commands.md": commands_page,
+    "metrics.md": metrics_page,
+    "openapi.json": openapi_document,
+}
 
 
 def main() -> int:

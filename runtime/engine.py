@@ -25,6 +25,7 @@ import msgspec
 from lichen.errors import ContextOverflow, EngineError, LichenError, QueueFull, Unavailable
 from lichen.runtime.drawing import Drawing
 from lichen.runtime.generation import post
+from lichen.runtime.metrics import EngineObserver
 from lichen.runtime.native import DECODE_NO_KV_SLOT, DECODE_OK, Context, Model
 from lichen.runtime.scheduler import Budget, Chunk, Scheduler
 from lichen.runtime.sequence import (
@@ -75,6 +76,7 @@ class Engine:
         self.model = model
         self.context = context
         self.queue_limit = queue_limit
+        self.observer: EngineObserver | None = None
         self.state: State = "running"  # written under `_admission`
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._waiting: deque[Sequence] = deque()
@@ -316,9 +318,16 @@ class Engine:
     def _draw(self, sequence: Sequence, index: int) -> None:
         """Sample the next token of a sequence whose tokens are all computed, and what follows from it."""
         drawing = self._running[sequence]
+        now = time.perf_counter()
         if not sequence.drawn:
-            sequence.first_token_at = time.perf_counter()
+            sequence.first_token_at = now
             self._held(sequence)
+        if self.observer is not None:
+            if sequence.drawn:
+                self.observer.token_gap(now - sequence.last_token_at)
+            else:
+                self.observer.first_token(now - sequence.submitted_at)
+        sequence.last_token_at = now
         try:
             token = drawing.draw(self.context, index)
         except LichenError as error:
@@ -343,6 +352,8 @@ class Engine:
         if piece := self._running[sequence].flush():
             sequence.events.append(piece)
         self._counters.completed += 1
+        if self.observer is not None:
+            self.observer.finished(reason, time.perf_counter() - sequence.submitted_at)
         self._end(sequence, Finished(reason, sequence.usage(), sequence.timings()), keep=sequence.computed)
 
     def _end(self, sequence: Sequence, event: Finished | Failed, *, keep: int) -> None:

@@ -173,6 +173,7 @@ class Sequence:
     submitted_at: float = field(default_factory=time.perf_counter)
     admitted_at: float = 0.0
     first_token_at: float = 0.0
+    last_token_at: float = 0.0
     events: list[Event] = field(default_factory=list)  # of this step, not yet posted
 
     def __post_init__(self) -> None:

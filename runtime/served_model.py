@@ -26,6 +26,7 @@ from lichen.runtime.embedding import Embedder
 from lichen.runtime.engine import Engine
 from lichen.runtime.generation import Generation, Mailbox
 from lichen.runtime.grammar import json_grammar, whole_grammar
+from lichen.runtime.metrics import EngineMetrics
 from lichen.runtime.native import Context, ContextSize, Model
 from lichen.runtime.native import version as native_version
 from lichen.runtime.sequence import SamplingOptions
@@ -71,6 +72,7 @@ class ServedModel:
     def __init__(self, name: str, sha256: str, model: Model, engine: Engine, options: ModelOptions) -> None:
         self.engine = engine
         self.options = options
+        self.metrics = engine.observer = EngineMetrics()
         self._model = model
         self.template = ChatTemplate(
             model.chat_template(), bos=model.special_text(model.bos), eos=model.special_text(model.eos)

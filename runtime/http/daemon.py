@@ -28,9 +28,11 @@ from lichen.runtime.http.access_log import AccessLog, name_request, traced
 from lichen.runtime.http.guard import LOOPBACK, Guard
 from lichen.runtime.http.keys import KeyStore
 from lichen.runtime.http.limits import Deadlines, RateLimiter, cut_stalled, server_limits
+from lichen.runtime.http.metrics_route import MetricsRoute
 from lichen.runtime.http.openai import OpenAIRoutes
 from lichen.runtime.http.tls import server_context
 from lichen.runtime.http.tokens import TokenRoutes
+from lichen.runtime.metrics import ProcessMetrics
 from lichen.runtime.served_model import ServedModel
 
 log = logging.getLogger("lichen.http")
@@ -82,6 +84,7 @@ class Daemon:
         self.url = ""
         self._failure: LichenError | None = None
         self._started = time.monotonic()
+        self.metrics = ProcessMetrics()
         hosts = (options.host, *options.allowed_hosts)
         self._tls = server_context(options.tls_cert, options.tls_key)
         self._guard = Guard(
@@ -109,7 +112,9 @@ class Daemon:
             middlewares=[traced, self._guard.middleware, deadlines.middleware],
             client_max_size=self.options.max_body,
         )
-        app.on_response_prepare.extend([name_request, self._guard.allow_reading])
+        metrics = MetricsRoute(self._models, self.metrics, _resident_bytes)
+        app.on_response_prepare.extend([name_request, self._guard.allow_reading, metrics.count_error])
+        app.add_routes(metrics.routes())
         openai = OpenAIRoutes(self.current)
         app.add_routes(openai.routes())
         app.add_routes(TokenRoutes(openai.named).routes())
@@ -118,6 +123,7 @@ class Daemon:
                 web.get("/health", self.health),
                 web.get("/version", self.version),
                 web.get("/status", self.status),
+                web.get("/openapi.json", self.openapi),
             ]
         )
         return app
@@ -129,6 +135,7 @@ class Daemon:
         except LichenError as error:
             self.state, self._failure = "failed", error
             raise
+        self.metrics.loaded(self.model.info.name)
         self.state = "ok"
 
     async def health(self, request: web.Request) -> web.Response:
@@ -163,6 +170,13 @@ class Daemon:
             body["kv"] = {"cells_used": counters.cells_used, "cells_total": cells}
             body["counters"] = msgspec.to_builtins(counters)
         return _json(body)
+
+    async def openapi(self, request: web.Request) -> web.Response:
+        """The OpenAPI document of these routes."""
+        return web.Response(body=await asyncio.to_thread(_openapi_bytes), content_type="application/json")
+
+    def _models(self) -> list[ServedModel]:
+        return [] if self.model is None else [self.model]
 
     async def drain(self) -> bool:
         """Refuse new requests and let running ones finish until the deadline; True when all did."""
@@ -303,6 +317,12 @@ def _remove_stale_socket(path: Path) -> None:
             path.unlink(missing_ok=True)
             return
     raise ConfigError(f"Another program listens on {path}.", hint="Choose another path with --uds.")
+
+
+def _openapi_bytes() -> bytes:
+    from lichen.runtime.http.openapi import document_bytes
+
+    return document_bytes()
 
 
 def _resident_bytes() -> int:

@@ -41,6 +41,8 @@ OPEN_PATHS = frozenset({"/health"})  # need no API key, so that a supervisor can
 FORMS = frozenset({"application/x-www-form-urlencoded", "multipart/form-data", "text/plain"})
 SETTING = "setting"  # in the log, the id of the one key that is a setting
 
+ERROR_CODE: web.ResponseKey[str] = web.ResponseKey("lichen_error_code", str)  # why an answer is an error
+
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -200,6 +202,7 @@ def error_response(error: LichenError) -> web.Response:
     response = web.Response(
         status=error.status, body=msgspec.json.encode(error_body(error)), content_type="application/json"
     )
+    response[ERROR_CODE] = error.code
     if (retry_after := getattr(error, "retry_after", None)) is not None:
         response.headers["Retry-After"] = str(retry_after)
     return response

@@ -352,6 +352,11 @@ def parse(body: bytes, kind: type[T]) -> T:
         raise _explained(str(error)) from error
 
 
+def without_effect() -> dict[str, tuple[Any, ...]]:
+    """Fields that are accepted only with a value that changes nothing -> those values; `...` means any."""
+    return _WITHOUT_EFFECT
+
+
 def _without_effect_removed(raw: dict[str, Any]) -> dict[str, Any]:
     kept = {}
     for name, value in raw.items():

@@ -1,0 +1,376 @@
+"""The OpenAPI 3.1 document of the daemon, made from the types that its routes read and write.
+
+ROUTES is the table of routes; schemas come from the structs of `schema.py` (requests) and `responses.py`
+(answers) through msgspec, so that a new field needs nothing here and a new route needs one row. Added to
+what msgspec knows: `null` for "not given", the fields that are accepted without effect, and the ranges that
+the engine checks, which a test compares with what it refuses.
+
+Not covered: rules between fields, and what depends on the model (its name, its vocabulary, its context).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from http import HTTPStatus
+from typing import Any, Literal
+
+import msgspec
+
+import lichen
+from lichen import errors
+from lichen.runtime.http import responses, schema
+
+Schema = dict[str, Any]
+
+_EVERY = (400, 401, 403, 429, 500, 503)  # what the guard answers for any route, or a defect of ours
+_BODY = (408, 413, 415)
+_ANSWER = (404, 422, 504, 507)  # no such model, it is broken, takes too long, or does not fit
+
+
+class Route(msgspec.Struct, frozen=True, kw_only=True):
+    """One operation.
+
+    body, answer: structs, or for an answer that is no JSON its media type. event: what a stream's events
+    hold; parameters: of the path, name -> meaning; errors: statuses besides those of every route.
+    """
+
+    method: Literal["get", "post"]
+    path: str
+    id: str
+    summary: str
+    tag: str
+    answer: type[msgspec.Struct] | str
+    body: type[msgspec.Struct] | None = None
+    event: type[msgspec.Struct] | None = None
+    parameters: dict[str, str] = {}
+    errors: tuple[int, ...] = ()
+    open: bool = False  # needs no API key
+    also: dict[int, str] = {}  # further statuses with the same answer
+
+
+ROUTES = (
+    Route(
+        method="post",
+        path="/v1/chat/completions",
+        id="createChatCompletion",
+        summary="Answer a conversation",
+        tag="OpenAI",
+        body=schema.ChatBody,
+        answer=responses.ChatCompletion,
+        event=responses.ChatCompletionChunk,
+        errors=_ANSWER,
+    ),
+    Route(
+        method="post",
+        path="/v1/completions",
+        id="createCompletion",
+        summary="Continue a text",
+        tag="OpenAI",
+        body=schema.CompletionBody,
+        answer=responses.Completion,
+        event=responses.CompletionChunk,
+        errors=_ANSWER,
+    ),
+    Route(
+        method="post",
+        path="/v1/embeddings",
+        id="createEmbedding",
+        summary="A vector for each input",
+        tag="OpenAI",
+        body=schema.EmbeddingsBody,
+        answer=responses.EmbeddingList,
+        errors=_ANSWER,
+    ),
+    Route(
+        method="post",
+        path="/tokenize",
+        id="tokenize",
+        summary="A text's token ids",
+        tag="llama-server",
+        body=schema.TokenizeBody,
+        answer=responses.TokenList,
+        errors=_ANSWER,
+    ),
+    Route(
+        method="post",
+        path="/detokenize",
+        id="detokenize",
+        summary="The text of token ids",
+        tag="llama-server",
+        body=schema.DetokenizeBody,
+        answer=responses.TokenText,
+        errors=_ANSWER,
+    ),
+    Route(
+        method="post",
+        path="/apply-template",
+        id="applyTemplate",
+        summary="The prompt text of a conversation",
+        tag="llama-server",
+        body=schema.TemplateBody,
+        answer=responses.PromptText,
+        errors=_ANSWER,
+    ),
+    Route(
+        method="get",
+        path="/v1/models",
+        id="listModels",
+        summary="The models that can answer now",
+        tag="OpenAI",
+        answer=responses.ModelList,
+    ),
+    Route(
+        method="get",
+        path="/v1/models/{name}",
+        id="retrieveModel",
+        summary="One model",
+        tag="OpenAI",
+        answer=responses.ModelCard,
+        parameters={"name": "Name of the model; it may contain slashes."},
+        errors=(404,),
+    ),
+    Route(
+        method="get",
+        path="/health",
+        id="health",
+        summary="Whether requests are answered",
+        tag="lichen",
+        answer=responses.Health,
+        open=True,
+        also={503: "Requests are not answered now."},
+    ),
+    Route(
+        method="get",
+        path="/version",
+        id="version",
+        summary="Versions of lichen and of the llama.cpp bindings",
+        tag="lichen",
+        answer=responses.Version,
+        open=True,
+    ),
+    Route(
+        method="get",
+        path="/status",
+        id="status",
+        summary="What runs now: model, slots, queue, counters, memory",
+        tag="lichen",
+        answer=responses.Status,
+    ),
+    Route(
+        method="get",
+        path="/metrics",
+        id="metrics",
+        summary="What lichen counts, for Prometheus",
+        tag="lichen",
+        answer="text/plain",
+    ),
+    Route(
+        method="get",
+        path="/openapi.json",
+        id="openapi",
+        summary="This document",
+        tag="lichen",
+        answer="application/json",
+    ),
+)
+
+# Ranges that the engine checks; `SamplingOptions.check` raises for everything outside them.
+LIMITS: dict[str, tuple[float, float]] = {
+    "temperature": (0, 100),
+    "top_k": (0, 1 << 31),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "repeat_penalty": (0.01, 100),
+    "frequency_penalty": (-2, 2),
+    "presence_penalty": (-2, 2),
+    "max_tokens": (1, 1 << 31),
+    "seed": (-(1 << 63), (1 << 64) - 1),
+}
+
+
+@functools.cache
+def document_bytes() -> bytes:
+    """The document as JSON; the same for every daemon of this version."""
+    return msgspec.json.encode(_document())
+
+
+def document() -> Schema:
+    """The document as whoever fetches it sees it."""
+    read: Schema = msgspec.json.decode(document_bytes())
+    return read
+
+
+def _document() -> Schema:
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "lichen",
+            "version": lichen.__version__,
+            "description": "Private language models on your own machine, behind OpenAI's API.",
+            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        },
+        "servers": [{"url": "http://127.0.0.1:8642"}],
+        "paths": _paths(),
+        "components": {
+            "schemas": _components(),
+            "responses": {str(status): _error_response(status) for status in _all_statuses()},
+            "securitySchemes": {
+                "key": {
+                    "type": "http",
+                    "scheme": "bearer",
+                    "description": "Needed only where the daemon was started with an API key.",
+                }
+            },
+        },
+        "security": [{}, {"key": []}],
+    }
+
+
+def _paths() -> Schema:
+    paths: Schema = {}
+    for route in ROUTES:
+        paths.setdefault(route.path, {})[route.method] = _operation(route)
+    return paths
+
+
+def _operation(route: Route) -> Schema:
+    answer = {"description": "The answer.", "content": _content(route)}
+    operation: Schema = {
+        "operationId": route.id,
+        "summary": route.summary,
+        "tags": [route.tag],
+        "responses": {
+            "200": answer,
+            **{str(status): {"$ref": f"#/components/responses/{status}"} for status in _statuses(route)},
+            **{str(status): {**answer, "description": text} for status, text in route.also.items()},
+        },
+    }
+    if route.body is not None:
+        content = {"application/json": {"schema": _reference(route.body)}}
+        operation["requestBody"] = {"required": True, "content": content}
+    if route.parameters:
+        operation["parameters"] = [
+            {
+                "name": name,
+                "in": "path",
+                "required": True,
+                "description": text,
+                "schema": {"type": "string", "minLength": 1},
+            }
+            for name, text in route.parameters.items()
+        ]
+    if route.open:
+        operation["security"] = []
+    return operation
+
+
+def _content(route: Route) -> Schema:
+    if isinstance(route.answer, str):
+        kind = "object" if route.answer == "application/json" else "string"
+        return {route.answer: {"schema": {"type": kind}}}
+    content: Schema = {"application/json": {"schema": _reference(route.answer)}}
+    if route.event is not None:
+        content["text/event-stream"] = {"schema": _event(route.event)}
+    return content
+
+
+def _event(kind: type[msgspec.Struct]) -> Schema:
+    """One server-sent event; before version 3.2, OpenAPI has the schema of a stream mean its events."""
+    either = [_reference(kind), _reference(responses.Error)]
+    return {
+        "type": "object",
+        "description": (
+            f"With `stream: true`, server-sent events: each `data` is a {kind.__name__} or, if the answer "
+            "breaks off, an Error; the last is `[DONE]`. Lines that begin with a colon are comments."
+        ),
+        "properties": {
+            "data": {
+                "type": "string",
+                "anyOf": [
+                    {"const": "[DONE]"},
+                    {"contentMediaType": "application/json", "contentSchema": {"anyOf": either}},
+                ],
+            }
+        },
+        "required": ["data"],
+    }
+
+
+def _statuses(route: Route) -> list[int]:
+    """Statuses of the errors that this route may answer with."""
+    every = {status for status in _EVERY if not (route.open and status in (401, 429))}
+    body = _BODY if route.body is not None else ()
+    return sorted({*every, *body, *route.errors} - set(route.also))
+
+
+def _all_statuses() -> list[int]:
+    return sorted({status for route in ROUTES for status in _statuses(route)})
+
+
+def _error_response(status: int) -> Schema:
+    kinds = [
+        kind
+        for kind in vars(errors).values()
+        if inspect.isclass(kind) and issubclass(kind, errors.LichenError) and kind.status == status
+    ]
+    codes = ", ".join(f"`{kind.code}`" for kind in kinds)
+    response: Schema = {
+        "description": HTTPStatus(status).phrase + (f"; codes: {codes}." if codes else "."),
+        "content": {"application/json": {"schema": _reference(responses.Error)}},
+    }
+    if status == 429:
+        response["headers"] = {
+            "Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer", "minimum": 1}}
+        }
+    return response
+
+
+def _components() -> Schema:
+    """Schemas of all structs, by name."""
+    bodies = [route.body for route in ROUTES if route.body is not None]
+    answers = [kind for route in ROUTES for kind in (route.answer, route.event) if isinstance(kind, type)]
+    kinds = dict.fromkeys([*bodies, *answers, responses.Error])
+    _, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
+    for name in {kind.__name__ for kind in bodies}:
+        _as_accepted(components[name])
+    return dict(sorted(components.items()))
+
+
+def _as_accepted(body: Schema) -> None:
+    """Make a request body's schema say all that `schema.parse` and the engine accept, and no more."""
+    properties: dict[str, Schema] = body["properties"]
+    for name, limits in LIMITS.items():
+        if name in properties:
+            _limit(properties[name], *limits)
+    for name in properties.keys() - set(body["required"]):
+        properties[name] = _or_null(properties[name])
+    for name, values in schema.without_effect().items():
+        properties[name] = _without_effect(values)
+    body["additionalProperties"] = {"type": "null"}  # "not given", whatever the name
+
+
+def _limit(field: Schema, low: float, high: float) -> None:
+    for option in field.get("anyOf", [field]):
+        if option.get("type") in ("integer", "number"):
+            option |= {"minimum": low, "maximum": high}
+
+
+def _or_null(field: Schema) -> Schema:
+    """The field, or null for "not given"."""
+    default = {"default": field["default"]} if "default" in field else {}
+    options = field.get("anyOf", [{key: value for key, value in field.items() if key != "default"}])
+    return {
+        "anyOf": [*(option for option in options if option != {"type": "null"}), {"type": "null"}],
+        **default,
+    }
+
+
+def _without_effect(values: tuple[Any, ...]) -> Schema:
+    if ... in values:
+        return {"description": "Accepted, and changes nothing."}
+    return {"enum": [*values, None], "description": "Accepted only with a value that changes nothing."}
+
+
+def _reference(kind: type[msgspec.Struct]) -> Schema:
+    return {"$ref": f"#/components/schemas/{kind.__name__}"}
