@@ -11,6 +11,7 @@
     ├── NotFound                      404  no such model, route or response
     ├── QueueFull                     429  admission queue is full; carries `retry_after` seconds
     ├── Unavailable                   503  shutting down, loading, or the engine is gone
+    ├── OutOfMemory                   507  a model does not fit beside what must stay; carries both numbers
     ├── ConfigError                   500  a flag, variable or file holds a bad value
     ├── StoreError                    500  the model store could not do it
     │   ├── SourceError               502  a remote source refused, lied or broke off
@@ -133,6 +134,22 @@ class Unavailable(LichenError):
 
     status = 503
     code = "unavailable"
+
+
+class OutOfMemory(LichenError):
+    """A model needs more memory than it may take; both numbers, in bytes."""
+
+    status = 507
+    code = "out_of_memory"
+
+    def __init__(self, what: str, needed: int, free: int) -> None:
+        super().__init__(
+            f"{what} needs {needed / 1e6:,.0f} MB of memory, but lichen may take only "
+            f"{max(0, free) / 1e6:,.0f} MB.",
+            hint="Unload a pinned model, raise --memory-limit, or take a smaller model.",
+        )
+        self.needed = needed
+        self.free = free
 
 
 class ConfigError(LichenError):

@@ -47,7 +47,10 @@ State = Literal["running", "draining", "failed", "closed"]
 
 
 class Counters(msgspec.Struct):
-    """What the engine has done since it started, and what it holds now (tokens, sequences, steps)."""
+    """What the engine has done since it started, and what it holds now (tokens, sequences, steps).
+
+    ttft_s: seconds from submission to the first token, summed over `first_tokens` answers.
+    """
 
     requests: int = 0
     completed: int = 0
@@ -57,6 +60,8 @@ class Counters(msgspec.Struct):
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    first_tokens: int = 0
+    ttft_s: float = 0.0
     steps: int = 0
     waiting: int = 0
     running: int = 0
@@ -301,6 +306,8 @@ class Engine:
         live = self._running[sequence]
         if not sequence.drawn:
             sequence.first_token_at = time.perf_counter()
+            self._counters.first_tokens += 1
+            self._counters.ttft_s += sequence.first_token_at - sequence.submitted_at
             self._held(sequence)
         token = live.sampler.sample(self.context, index)
         sequence.tokens.append(token)

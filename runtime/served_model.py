@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -21,6 +22,9 @@ from lichen.runtime.generation import Generation, Mailbox
 from lichen.runtime.native import Context, ContextSize, Model
 from lichen.runtime.sequence import SamplingOptions
 from lichen.runtime.sequence import Sequence as LiveSequence
+
+if TYPE_CHECKING:
+    from lichen.runtime.memory import Fitted
 
 INLINE_CHARACTERS = 2048  # shorter texts are tokenized on the loop: under a millisecond
 
@@ -53,6 +57,7 @@ class ServedModel:
     def __init__(self, name: str, sha256: str, model: Model, engine: Engine, options: ModelOptions) -> None:
         self.engine = engine
         self.options = options
+        self.fitted: Fitted | None = None  # how it was made to fit in memory, where somebody asked
         self._model = model
         self.template = ChatTemplate(
             model.chat_template(), bos=model.special_text(model.bos), eos=model.special_text(model.eos)

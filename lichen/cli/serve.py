@@ -16,6 +16,7 @@ from lichen.cli.settings import complete_model, config_of
 
 if TYPE_CHECKING:
     from lichen.config import Config
+    from lichen.runtime.resident import LoadProgress
     from lichen.runtime.served_model import ServedModel
 
 Text = Optional[str]
@@ -46,13 +47,18 @@ def serve(
     slots: Annotated[Number, typer.Option(help="Conversations answered at the same time.")] = None,
     threads: Annotated[Number, typer.Option(help="Threads that compute; 0: the physical cores.")] = None,
     queue: Annotated[Number, typer.Option(help="Requests that may wait for a slot.")] = None,
+    keep_alive: Annotated[
+        float | None, typer.Option(help="Seconds that an idle model stays loaded; -1: for ever.")
+    ] = None,
+    memory_limit: Annotated[Text, typer.Option(help="Most memory for all models, such as '4 GiB'.")] = None,
+    max_models: Annotated[Number, typer.Option(help="Models loaded at once; 0: as memory allows.")] = None,
     max_body: Annotated[Text, typer.Option(help="Largest request body in bytes.")] = None,
     drain_timeout: Annotated[
         float | None, typer.Option(help="Seconds to finish answers when stopping.")
     ] = None,
     log_level: Annotated[Text, typer.Option(help="debug, info, warning, error or critical.")] = None,
 ) -> None:
-    """Serve a model over an OpenAI-compatible HTTP API."""
+    """Serve models over an OpenAI-compatible HTTP API."""
     config = config_of(
         context,
         model=model,
@@ -67,6 +73,9 @@ def serve(
         slots=slots,
         threads=threads,
         queue=queue,
+        keep_alive=keep_alive,
+        memory_limit=memory_limit,
+        max_models=max_models,
         max_body=max_body,
         drain_timeout=drain_timeout,
         log_level=log_level,
@@ -79,10 +88,15 @@ def serve(
 
 def run_daemon(config: Config) -> None:
     """Load in a thread while the HTTP server's modules are imported: both take about as long."""
+    from lichen.runtime.resident import LoadProgress
+
     loading: Future[Any] = Future()
-    Thread(target=_load, args=(config, loading), name="lichen-load", daemon=True).start()
+    progress = LoadProgress()
+    Thread(target=_load, args=(config, loading, progress), name="lichen-load", daemon=True).start()
 
     from lichen.runtime.http.daemon import DaemonOptions, serve
+    from lichen.runtime.pool import ModelPool, PoolOptions
+    from lichen.shelf import StoreShelf
 
     options = DaemonOptions(
         host=config.host,
@@ -96,8 +110,14 @@ def run_daemon(config: Config) -> None:
         drain_timeout=config.drain_timeout,
     )
 
+    pool_options = PoolOptions(
+        keep_alive=config.keep_alive, memory_limit=config.memory_limit, max_models=config.max_models
+    )
+
     async def run() -> None:
-        await serve(options, asyncio.wrap_future(loading), on_event=lambda line: print(line, flush=True))
+        pool = ModelPool(StoreShelf(config), pool_options)
+        first = pool.start(asyncio.wrap_future(loading), progress)
+        await serve(options, pool, first, on_event=lambda line: print(line, flush=True))
 
     try:
         import uvloop
@@ -107,12 +127,12 @@ def run_daemon(config: Config) -> None:
         uvloop.run(run())
 
 
-def _load(config: Config, loading: Future[ServedModel]) -> None:
+def _load(config: Config, loading: Future[ServedModel], progress: LoadProgress) -> None:
     try:
         from lichen.api import load_model
         from lichen.cli.models import PullDisplay
 
         with PullDisplay(sys.stderr) as display:
-            loading.set_result(asyncio.run(load_model(config, progress=display)))
+            loading.set_result(asyncio.run(load_model(config, progress=display, loaded=progress)))
     except BaseException as error:  # raised again where the daemon waits for the model
         loading.set_exception(error)

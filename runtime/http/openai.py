@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from lichen.errors import LichenError, NotFound
 from lichen.runtime.generation import Generation
 from lichen.runtime.http.guard import error_body
 from lichen.runtime.http.schema import Body, ChatBody, CompletionBody, parse
+from lichen.runtime.resident import Candidate, ModelStatus
 from lichen.runtime.sequence import Finished, Piece, Prefill, Timings, Usage
 from lichen.runtime.served_model import ServedModel
 
@@ -66,10 +68,17 @@ _TEXT = _Shape(
 
 
 class OpenAIRoutes:
-    """The handlers, over whichever model `current` gives (it raises while none is loaded)."""
+    """The handlers. use: holds a model by name, loading it if need be. known and loaded: for the list."""
 
-    def __init__(self, current: Callable[[], ServedModel]) -> None:
-        self._current = current
+    def __init__(
+        self,
+        use: Callable[[str | None, float | None], AbstractAsyncContextManager[ServedModel]],
+        known: Callable[[], Awaitable[list[Candidate]]],
+        loaded: Callable[[], list[ModelStatus]],
+    ) -> None:
+        self._use = use
+        self._known = known
+        self._loaded = loaded
         self._started = int(time.time())
 
     def routes(self) -> list[web.RouteDef]:
@@ -84,44 +93,52 @@ class OpenAIRoutes:
     async def chat_completions(self, request: web.Request) -> web.StreamResponse:
         """Answer a conversation."""
         body = await _read(request, ChatBody)
-        model = self._named(body.model)
-        generation = await model.chat([message.plain() for message in body.messages], body.sampling())
-        return await self._answer(request, body, model, generation, _CHAT)
+        async with self._use(body.model, body.keep_alive) as model:
+            generation = await model.chat([message.plain() for message in body.messages], body.sampling())
+            return await self._answer(request, body, model, generation, _CHAT)
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         """Continue a text."""
         body = await _read(request, CompletionBody)
-        model = self._named(body.model)
-        generation = await model.complete(body.one_prompt(), body.sampling())
-        return await self._answer(request, body, model, generation, _TEXT)
+        async with self._use(body.model, body.keep_alive) as model:
+            generation = await model.complete(body.one_prompt(), body.sampling())
+            return await self._answer(request, body, model, generation, _TEXT)
 
     async def models(self, request: web.Request) -> web.Response:
-        """The models that can answer now."""
-        return _json({"object": "list", "data": [self._card(self._current())]})
+        """All models that can answer, loaded or not, the default one first."""
+        return _json({"object": "list", "data": await self._cards()})
 
     async def model(self, request: web.Request) -> web.Response:
         """One model."""
-        return _json(self._card(self._named(request.match_info["name"])))
+        name = request.match_info["name"]
+        cards = await self._cards()
+        for card in cards:
+            if name == card["id"] or (name == "default" and card is cards[0]):
+                return _json(card)
+        there = ", ".join(card["id"] for card in cards)
+        raise NotFound(f"The model {name!r} is not here.", hint=f"Served: {there}.", param="model")
 
-    def _named(self, name: str | None) -> ServedModel:
-        model = self._current()
-        if name is not None and name not in model.names:
-            raise NotFound(
-                f"The model {name!r} is not served here.", hint=f"Served: {model.info.name}.", param="model"
-            )
-        return model
+    async def _cards(self) -> list[dict[str, Any]]:
+        loaded = {status.name: status for status in self._loaded() if status.state == "ready"}
+        known = {candidate.name: candidate for candidate in await self._known()}
+        names = list(known) or list(loaded)
+        return [self._card(name, known.get(name), loaded.get(name)) for name in names]
 
-    def _card(self, model: ServedModel) -> dict[str, Any]:
-        info = model.info
-        return {
-            "id": info.name,
+    def _card(self, name: str, known: Candidate | None, loaded: ModelStatus | None) -> dict[str, Any]:
+        there = known or loaded
+        assert there is not None, "a name comes from one of them"
+        card = {
+            "id": name,
             "object": "model",
             "created": self._started,
             "owned_by": "local",
-            "context_length": info.context,
-            "architecture": info.architecture,
-            "sha256": info.sha256,
+            "architecture": there.architecture or (loaded.architecture if loaded else ""),
+            "sha256": there.sha256,
+            "size": there.size,
+            "loaded": loaded is not None,
+            "capabilities": ["completion"],
         }
+        return {**card, "context_length": loaded.context} if loaded else card
 
     async def _answer(
         self, request: web.Request, body: Body, model: ServedModel, generation: Generation, shape: _Shape

@@ -49,6 +49,7 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
 
 T = TypeVar("T")
 Count = Annotated[int, Meta(ge=1)]
+KeepAlive = Annotated[float, Meta(ge=-1, le=31_536_000)]  # seconds; -1 for ever
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -62,6 +63,7 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """What chat and completion requests share."""
 
     model: str | None = None
+    keep_alive: KeepAlive | None = None  # lichen's own: how long the model stays loaded afterwards
     max_tokens: Count | None = None
     temperature: float | None = None
     top_p: float | None = None
