@@ -12,7 +12,7 @@ from lichen import errors
 from lichen.config import SETTINGS
 
 FOLDER = Path(__file__).resolve().parent / "reference"
-COMMANDS = ("", "chat", "run", "serve", "pull", "models", "rm", "ps", "doctor", "config")
+COMMANDS = ("", "chat", "run", "serve", "pull", "models", "rm", "ps", "top", "doctor", "config")
 
 
 def errors_page() -> str:

@@ -15,7 +15,6 @@ weights count in it although the system may drop them. Not covered: memory of a 
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import logging
 import platform
@@ -151,19 +150,6 @@ def available(limit: int = 0) -> int:
 def resident() -> int:
     """Resident set of this process in bytes: anonymous, file mapped and shared pages."""
     return int(_process().memory_info().rss)
-
-
-def trim() -> None:
-    """Give what the C heap holds free back to the system, where the C library can (glibc)."""
-    if (give_back := _malloc_trim()) is not None:
-        give_back(0)
-
-
-@functools.cache
-def _malloc_trim() -> Any:
-    if platform.libc_ver()[0] != "glibc":
-        return None
-    return getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 @functools.cache

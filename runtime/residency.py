@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from lichen.errors import EngineError, LichenError, OutOfMemory, Unavailable
-from lichen.runtime import memory
+from lichen.runtime import heap, memory
 from lichen.runtime.resident import Candidate, Ledger, Resident, Shelf
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class Residency:
         available: Callable[[], int] | None = None,
         resident: Callable[[], int] = memory.resident,
     ) -> None:
+        heap.one_heap()
         self.shelf = shelf
         self.options = options or PoolOptions()
         limit = self.options.memory_limit
@@ -228,7 +229,7 @@ class Residency:
 
 def _close(model: ServedModel) -> None:
     model.close()
-    memory.trim()
+    heap.trim()
 
 
 def candidate_of(model: ServedModel) -> Candidate:

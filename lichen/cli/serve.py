@@ -88,8 +88,10 @@ def serve(
 
 def run_daemon(config: Config) -> None:
     """Load in a thread while the HTTP server's modules are imported: both take about as long."""
+    from lichen.runtime.heap import one_heap
     from lichen.runtime.resident import LoadProgress
 
+    one_heap()  # before the first thread, so that what it loads can be given back whole
     loading: Future[Any] = Future()
     progress = LoadProgress()
     Thread(target=_load, args=(config, loading, progress), name="lichen-load", daemon=True).start()
