@@ -46,7 +46,8 @@ async def measure(path: Path, options: ModelOptions) -> dict[str, int]:
     pool = ModelPool(OneFile(path, options))
     async with pool.use() as model:
         length = min(options.batch, model.info.context - 8)
-        prompts = [[50 + number] * length for number in range(options.slots)]
+        lengths = [length] + [min(length, 16)] * (options.slots - 1)  # one whole batch, and every slot
+        prompts = [[50 + number] * count for number, count in enumerate(lengths)]
         sampling = SamplingOptions(max_tokens=4, temperature=0.8)
         answers = [await model.complete(prompt, sampling) for prompt in prompts]
         await asyncio.gather(*(answer.text() for answer in answers))
