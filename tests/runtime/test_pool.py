@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import cast
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from lichen.errors import EngineError, LichenError, ModelFileError, NotFound, OutOfMemory, Unavailable
 from lichen.runtime.pool import ModelPool
 from lichen.runtime.resident import LoadProgress
+from lichen.runtime.served_model import ServedModel
 from tests.runtime.fake_shelf import FakeModel, FakeShelf
 
 
@@ -21,6 +23,10 @@ async def until(condition: Callable[[], bool]) -> None:
             return
         await asyncio.sleep(0.001)
     raise AssertionError("it did not happen within two seconds")
+
+
+def fake(model: ServedModel) -> FakeModel:
+    return cast(FakeModel, model)
 
 
 def names(pool: ModelPool) -> set[str]:
@@ -171,8 +177,7 @@ async def test_a_busy_model_is_waited_for_and_never_evicted() -> None:
             await pool.unload("a")
         waiting = asyncio.ensure_future(touch(pool, "b"))
         await asyncio.sleep(0.02)
-        assert isinstance(held, FakeModel)
-        assert not held.closed
+        assert not fake(held).closed
     await waiting
     assert names(pool) == {"b"}
     await pool.close()
@@ -239,9 +244,8 @@ async def test_a_failed_engine_is_loaded_anew() -> None:
     shelf = FakeShelf(100, a=10, b=10)
     pool = shelf.pool()
     async with pool.use("b") as model:
-        assert isinstance(model, FakeModel)
-        model.engine.state = "failed"
-    await until(lambda: model.closed)
+        fake(model).engine.state = "failed"
+    await until(lambda: fake(model).closed)
     await touch(pool, "b")
     assert shelf.loads == ["b", "b"]
     assert await pool.drain(1)
@@ -268,17 +272,16 @@ def test_any_traffic_stays_within_memory_and_never_loses_a_used_model(visits: li
         await asyncio.sleep(pause)
         try:
             async with pool.use(name, keep) as model:
-                assert isinstance(model, FakeModel)
                 assert model.info.name == name
                 await asyncio.sleep(stay)
-                assert not model.closed
+                assert not fake(model).closed
         except LichenError as error:
             assert isinstance(error, Unavailable | OutOfMemory), error
 
     async def traffic() -> None:
         shelf = FakeShelf(100, a=30, b=50, c=60, d=120)
         pool = shelf.pool(keep_alive=0.004, wait=0.5)
-        tasks = [asyncio.ensure_future(visit(pool, *rest)) for *rest, _ in visits]
+        tasks = [asyncio.ensure_future(visit(pool, *planned[:4])) for planned in visits]
         await asyncio.sleep(0.006)
         for task, (*_, cancelled) in zip(tasks, visits, strict=True):
             if cancelled:

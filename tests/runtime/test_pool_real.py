@@ -79,6 +79,7 @@ async def test_twenty_alternating_requests_in_the_room_of_one_model(shelf: Store
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 async def test_two_hundred_alternating_requests_in_the_room_of_one_model(shelf: StoreShelf) -> None:
     print(await alternate(shelf, 200))
 
