@@ -124,6 +124,37 @@ def memory_limit(files: Mapping[str, str]) -> int | None:
     return None
 
 
+MEMORY_USE_FILES = (
+    "/sys/fs/cgroup/memory.current",
+    "/sys/fs/cgroup/memory.stat",
+    "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+    "/sys/fs/cgroup/memory/memory.stat",
+)
+
+
+def memory_use(files: Mapping[str, str]) -> int:
+    """Bytes that a cgroup (v2, else v1) holds and cannot simply drop: files not used lately are left out."""
+    for current, stat in (MEMORY_USE_FILES[:2], MEMORY_USE_FILES[2:]):
+        text = files.get(current, "").strip()
+        if text.isdecimal():
+            lines = (line.partition(" ") for line in files.get(stat, "").splitlines())
+            fields = {name: value.strip() for name, _, value in lines}
+            idle = fields.get("total_inactive_file") or fields.get("inactive_file") or ""
+            return max(0, int(text) - (int(idle) if idle.isdecimal() else 0))
+    return 0
+
+
+def memory_left() -> int:
+    """Bytes that may still be taken here: what the system has available, within the cgroup's limit."""
+    import psutil
+
+    available = int(psutil.virtual_memory().available)
+    limit = memory_limit({name: _text(name) for name in MEMORY_LIMIT_FILES})
+    if limit is None:
+        return available
+    return max(0, min(available, limit - memory_use({name: _text(name) for name in MEMORY_USE_FILES})))
+
+
 def disk_free(path: Path) -> int:
     """Free bytes where `path` is or would be made."""
     while not path.exists():

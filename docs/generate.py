@@ -28,6 +28,7 @@ COMMANDS = (
     "keys list",
     "keys revoke",
     "ps",
+    "top",
     "doctor",
     "config",
 )

@@ -21,9 +21,12 @@ import msgspec
 
 from lichen.config import Config, load, override
 from lichen.errors import LichenError, RequestError, Unavailable
+from lichen.quant.gguf_check import check_gguf
+from lichen.runtime import memory
 from lichen.runtime.answer import CallArguments, CallBegins, Part, Said, Thought
 from lichen.runtime.answer_form import AnswerForm
 from lichen.runtime.generation import Generation
+from lichen.runtime.memory import Fitted
 from lichen.runtime.sequence import Finished, FinishReason, Piece, SamplingOptions, Timings, Usage
 from lichen.runtime.served_model import ModelOptions, ServedModel
 from lichen.runtime.tools import Tool
@@ -265,21 +268,44 @@ def _sampling(options: dict[str, Any]) -> SamplingOptions:
 
 
 async def load_model(
-    config: Config, *, progress: Callable[[PullProgress], None] | None = None
+    config: Config,
+    *,
+    progress: Callable[[PullProgress], None] | None = None,
+    loaded: Callable[[float], bool] | None = None,
 ) -> ServedModel:
-    """Find the configured model, pull it if needed, and load it off the event loop."""
+    """Find the configured model, pull it if needed, and load it off the event loop, as large as fits.
+
+    loaded: told how far the load is, 0 to 1; its False gives up. Raises OutOfMemory, StoreError,
+    ModelFileError or EngineError.
+    """
     store = Store(config.home / "store", offline=config.offline)
     reference = config.model
     if (path := local_file(reference)) is not None:
-        return await asyncio.to_thread(_load_file, path, config)
-    manifest = store.resolve(reference) or await store.pull(reference, progress=progress)
-    return await asyncio.to_thread(
-        ServedModel.load,
-        store.blob_path(manifest),
-        name=manifest.name,
-        sha256=manifest.sha256,
-        options=model_options(config),
-    )
+        name, sha256 = path.stem, ""
+    else:
+        manifest = store.resolve(reference) or await store.pull(reference, progress=progress)
+        path, name, sha256 = store.blob_path(manifest), manifest.name, manifest.sha256
+
+    def load() -> ServedModel:
+        options, free = model_options(config), memory.available(config.memory_limit)
+        fitted = memory.fitted(name, check_gguf(path), options, free)
+        return load_file(path, name=name, sha256=sha256, fitted=fitted, progress=loaded)
+
+    return await asyncio.to_thread(load)
+
+
+def load_file(
+    path: Path,
+    *,
+    name: str,
+    sha256: str,
+    fitted: Fitted,
+    progress: Callable[[float], bool] | None = None,
+) -> ServedModel:
+    """Load a checked GGUF with options that fit. Blocks. Raises what `ServedModel.load` raises."""
+    served = ServedModel.load(path, name=name, sha256=sha256, options=fitted.options, progress=progress)
+    served.fitted = fitted
+    return served
 
 
 def local_file(reference: str) -> Path | None:
@@ -287,14 +313,6 @@ def local_file(reference: str) -> Path | None:
     path = Path(reference).expanduser()
     looks_like_one = reference.endswith(".gguf") or "/" in reference
     return path if looks_like_one and path.is_file() else None
-
-
-def _load_file(path: Path, config: Config) -> ServedModel:
-    """A GGUF where it lies: checked like a pulled one, but neither hashed nor copied."""
-    from lichen.quant.gguf_check import check_gguf
-
-    check_gguf(path)
-    return ServedModel.load(path, name=path.stem, sha256="", options=model_options(config))
 
 
 def model_options(config: Config) -> ModelOptions:

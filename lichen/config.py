@@ -161,6 +161,27 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             bytes=True,
         ),
     ] = 2_000_000_000
+    keep_alive: Annotated[
+        Annotated[float, Meta(ge=-1, le=31_536_000)],
+        _about(
+            "Seconds that a model stays loaded after its last request; -1 keeps it for ever. The configured "
+            "model always stays.",
+            metavar="SECONDS",
+        ),
+    ] = 300.0
+    memory_limit: Annotated[
+        Annotated[int, Meta(ge=0, le=1 << 50)],
+        _about(
+            "Most memory that lichen may take with all its models; 0 is 80 % of the machine's.",
+            metavar="BYTES",
+            allowed="a number of bytes up to 1024 TiB, such as 4294967296 or '4 GiB'",
+            bytes=True,
+        ),
+    ] = 0
+    max_models: Annotated[
+        Annotated[int, Meta(ge=0, le=256)],
+        _about("Models that may be loaded at the same time; 0 leaves it to the memory."),
+    ] = 0
     max_body: Annotated[
         Annotated[int, Meta(ge=1024, le=1 << 30)],
         _about(

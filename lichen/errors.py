@@ -13,6 +13,7 @@
     ├── RateLimited                   429  too many requests from one client; carries `retry_after`
     ├── TimedOut                      504  no complete answer within the time that a request gets
     ├── Unavailable                   503  shutting down, loading, or the engine is gone
+    ├── OutOfMemory                   507  a model does not fit beside what must stay; carries both numbers
     ├── ConfigError                   500  a flag, variable or file holds a bad value
     ├── StoreError                    500  the model store could not do it
     │   ├── SourceError               502  a remote source refused, lied or broke off
@@ -154,6 +155,22 @@ class Unavailable(LichenError):
 
     status = 503
     code = "unavailable"
+
+
+class OutOfMemory(LichenError):
+    """A model needs more memory than it may take; both numbers, in bytes."""
+
+    status = 507
+    code = "out_of_memory"
+
+    def __init__(self, what: str, needed: int, free: int) -> None:
+        super().__init__(
+            f"{what} needs {needed / 1e6:,.0f} MB of memory, but lichen may take only "
+            f"{max(0, free) / 1e6:,.0f} MB.",
+            hint="Unload a pinned model, raise --memory-limit, or take a smaller model.",
+        )
+        self.needed = needed
+        self.free = free
 
 
 class ConfigError(LichenError):

@@ -23,7 +23,7 @@ MAX_TENSORS = 1 << 17
 MAX_STRING = 1 << 24  # bytes
 MAX_ARRAY = 1 << 24  # items
 MAX_NAME = 63  # bytes; ggml keeps 64 with the closing zero
-SHOWN_ITEMS = 16  # longer arrays are summarised
+SHOWN_ITEMS = 16  # longer arrays are summarised, except whole numbers that may be one a layer
 MAX_LAYERS = 1024
 
 # ggml type id -> (name, elements a block, bytes a block)
@@ -52,7 +52,11 @@ class GGUFArray(msgspec.Struct, frozen=True):
 
 
 class GGUFSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """What a sound file says of itself. tensor_bytes: size of all weights."""
+    """What a sound file says of itself.
+
+    tensor_bytes: size of all weights. matrix_bytes: by type, of those that are multiplied with (an
+    embedding only where it is the output matrix too).
+    """
 
     architecture: str
     version: int
@@ -61,6 +65,7 @@ class GGUFSummary(msgspec.Struct, frozen=True, kw_only=True):
     tensor_bytes: int
     context_train: int
     metadata: dict[str, Any]
+    matrix_bytes: dict[str, int]
 
 
 class _Tensor(msgspec.Struct, frozen=True):
@@ -68,6 +73,7 @@ class _Tensor(msgspec.Struct, frozen=True):
     shape: tuple[int, ...]
     offset: int
     size: int
+    type_name: str
 
 
 def check_gguf(path: Path) -> GGUFSummary:
@@ -125,6 +131,7 @@ class _Reader:
             tensor_bytes=sum(tensor.size for tensor in tensors),
             context_train=int(metadata.get(f"{architecture}.context_length", 0)),
             metadata=metadata,
+            matrix_bytes=_matrix_bytes(tensors),
         )
 
     # ---- bytes ------------------------------------------------------------------------------------
@@ -181,7 +188,7 @@ class _Reader:
             raise self._wrong(f"{key} is an array of the unsupported type {kind}")
         width = 8 if kind == _STRING else 1 if kind == _BOOL else struct.calcsize(_SCALARS[kind])
         length = self._count(f"length of {key}", MAX_ARRAY, least_bytes=width)
-        if length <= SHOWN_ITEMS:
+        if length <= SHOWN_ITEMS or (kind in _INTEGERS and length <= MAX_LAYERS):
             return GGUFArray(kind, length, tuple(self._value(kind, key) for _ in range(length)))
         if kind == _STRING:
             for _ in range(length):
@@ -244,7 +251,7 @@ class _Reader:
             )
         if offset % alignment or offset > self._size:
             raise self._wrong(f"tensor {name} has the offset {offset}")
-        return _Tensor(name, shape, offset, elements // block * block_bytes)
+        return _Tensor(name, shape, offset, elements // block * block_bytes, type_name)
 
     # ---- what llama.cpp takes for granted ---------------------------------------------------------
 
@@ -316,6 +323,16 @@ class _Reader:
 
 
 _TEXTS = frozenset({"tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.chat_template", "general.name"})
+
+
+def _matrix_bytes(tensors: list[_Tensor]) -> dict[str, int]:
+    separate_output = any(tensor.name == "output.weight" for tensor in tensors)
+    sizes: dict[str, int] = {}
+    for tensor in tensors:
+        looked_up = tensor.name == "token_embd.weight" and separate_output
+        if len(tensor.shape) > 1 and not looked_up:
+            sizes[tensor.type_name] = sizes.get(tensor.type_name, 0) + tensor.size
+    return sizes
 
 
 def _product(shape: tuple[int, ...]) -> int:

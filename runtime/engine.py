@@ -48,7 +48,10 @@ State = Literal["running", "draining", "failed", "closed"]
 
 
 class Counters(msgspec.Struct):
-    """What the engine has done since it started, and what it holds now (tokens, sequences, steps)."""
+    """What the engine has done since it started, and what it holds now (tokens, sequences, steps).
+
+    ttft_s: seconds from submission to the first token, summed over `first_tokens` answers.
+    """
 
     requests: int = 0
     completed: int = 0
@@ -60,6 +63,8 @@ class Counters(msgspec.Struct):
     restored_tokens: int = 0
     spilled_tokens: int = 0
     completion_tokens: int = 0
+    first_tokens: int = 0
+    ttft_s: float = 0.0
     steps: int = 0
     waiting: int = 0
     running: int = 0
@@ -321,6 +326,8 @@ class Engine:
         now = time.perf_counter()
         if not sequence.drawn:
             sequence.first_token_at = now
+            self._counters.first_tokens += 1
+            self._counters.ttft_s += now - sequence.submitted_at
             self._held(sequence)
         if self.observer is not None:
             if sequence.drawn:

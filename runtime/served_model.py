@@ -12,11 +12,11 @@ import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
-from lichen.errors import RequestError
+from lichen.errors import RequestError, UnsupportedField
 from lichen.runtime.answer import THINK_BEGIN, THINK_END, AnswerReader, Thinking
 from lichen.runtime.answer_form import AnswerForm, Schema
 from lichen.runtime.chat import ChatTemplate, Message
@@ -33,6 +33,9 @@ from lichen.runtime.sequence import SamplingOptions
 from lichen.runtime.sequence import Sequence as LiveSequence
 from lichen.runtime.spill import CacheKey, SpillStore
 from lichen.runtime.tools import DEFAULT, format_of, formats
+
+if TYPE_CHECKING:
+    from lichen.runtime.memory import Fitted
 
 T = TypeVar("T")
 
@@ -54,6 +57,9 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
     spill_limit: int = 2_000_000_000
 
 
+CAPABILITIES = ("completion", "chat", "embedding", "tools", "json_schema")  # of every model here
+
+
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What a client may know of a served model."""
 
@@ -63,7 +69,6 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     architecture: str
     context: int
     slots: int
-    capabilities: tuple[str, ...] = ("completion", "chat", "embedding", "tools", "json_schema")
 
 
 class ServedModel:
@@ -73,6 +78,7 @@ class ServedModel:
         self.engine = engine
         self.options = options
         self.metrics = engine.observer = EngineMetrics()
+        self.fitted: Fitted | None = None  # how it was made to fit in memory, where somebody asked
         self._model = model
         self.template = ChatTemplate(
             model.chat_template(), bos=model.special_text(model.bos), eos=model.special_text(model.eos)
@@ -167,10 +173,13 @@ class ServedModel:
         tokens = encode() if len(prompt) < INLINE_CHARACTERS else await self._prepare(encode)
         return self._submit(tokens, options, constraints)
 
-    async def embed(self, text: str | list[int], *, truncate: bool = False) -> tuple[list[float], int]:
+    async def embed(
+        self, text: str | list[int], *, truncate: bool = False, dimensions: int | None = None
+    ) -> tuple[list[float], int]:
         """The vector [width] of a text, of length 1, and how many tokens it was made from.
 
-        truncate: use the first tokens of a text that is too long. Raises ContextOverflow otherwise.
+        truncate: use the first tokens of a text that is too long. Raises ContextOverflow otherwise, and
+        UnsupportedField when `dimensions` is not the width.
         """
         if isinstance(text, list):
             tokens = self._checked_tokens(text)
@@ -178,7 +187,13 @@ class ServedModel:
             tokens = await self._prepare(functools.partial(self.tokenize, text))
         if truncate:
             tokens = tokens[: self.embedder.limit]
-        return await self.embedder.embed(tokens), len(tokens)
+        vector = await self.embedder.embed(tokens)
+        if dimensions not in (None, len(vector)):
+            raise UnsupportedField(
+                f"This model's embeddings have {len(vector)} dimensions; they cannot be cut to {dimensions}.",
+                param="dimensions",
+            )
+        return vector, len(tokens)
 
     def tokenize(self, text: str, *, add_bos: bool = True) -> list[int]:
         """Token ids [n] of a text; control tokens that are written in it count as such."""

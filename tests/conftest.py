@@ -15,7 +15,11 @@ from pathlib import Path
 import httpx
 import pytest
 
+from lichen.config import load
+from lichen.runtime.http.daemon import Daemon, DaemonOptions
+from lichen.runtime.pool import ModelPool
 from lichen.runtime.served_model import ModelOptions, ServedModel
+from lichen.shelf import StoreShelf
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "smollm2-135m"
@@ -48,6 +52,15 @@ def served(model_path: Path) -> Iterator[ServedModel]:
     model = ServedModel.load(model_path, name=MODEL, sha256="", options=options)
     yield model
     model.close()
+
+
+def daemon_over(served: ServedModel, home: Path) -> Daemon:
+    """A daemon in this event loop over a loaded model and an empty store; nothing is closed at its end."""
+    pool = ModelPool(StoreShelf(load({"home": home}, {}).config))
+    pool.adopt(served)
+    daemon = Daemon(DaemonOptions(), pool)
+    daemon.state = "ok"
+    return daemon
 
 
 def free_port() -> int:

@@ -11,17 +11,19 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
 from lichen.runtime.engine import Engine
-from lichen.runtime.http.daemon import Daemon, DaemonOptions
 from lichen.runtime.http.openai import OpenAIRoutes
 from lichen.runtime.native import Context
 from lichen.runtime.served_model import ServedModel
+from tests.conftest import daemon_over
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "architecture.md"
 HOP = re.compile(r"^\d  (\S+\.py)\s+(\w+)\.(\w+)", re.MULTILINE)
 CLASSES: list[type] = [OpenAIRoutes, ServedModel, Engine, Context]
 
 
-async def test_a_request_walks_the_drawn_path(served: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_request_walks_the_drawn_path(
+    served: ServedModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     drawn = [(owner, method) for _, owner, method in HOP.findall(PAGE.read_text(encoding="utf-8"))]
     assert 1 < len(drawn) <= 5
     walked: list[tuple[str, str]] = []
@@ -46,8 +48,7 @@ async def test_a_request_walks_the_drawn_path(served: ServedModel, monkeypatch: 
     by_name = {kind.__name__: kind for kind in CLASSES}
     for owner, method in drawn:
         traced(by_name[owner], method)
-    daemon = Daemon(DaemonOptions())
-    daemon.model, daemon.state = served, "ok"
+    daemon = daemon_over(served, tmp_path)
     async with TestClient(TestServer(daemon.application())) as client:
         body = {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 2}
         answer = await client.post("/v1/chat/completions", json=body)

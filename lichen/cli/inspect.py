@@ -31,16 +31,13 @@ def register(app: typer.Typer) -> None:
 
 def ps(context: typer.Context, as_json: AsJson = False) -> None:
     """Show what the running daemon does."""
-    status = asyncio.run(_status(config_of(context)))
+    status = asyncio.run(daemon_status(config_of(context)))
     if as_json:
         typer.echo(json.dumps(status, indent=2))
         return
     slots, queue, kv = (status.get(key, {}) for key in ("slots", "queue", "kv"))
     counters = status.get("counters", {})
     rows: list[tuple[str, Any]] = [("state", status["state"]), ("process", status["pid"])]
-    rows += [
-        ("model", f"{m['name']}, context {m['context']}, {megabytes(m['size'])}") for m in status["models"]
-    ]
     rows += [
         ("slots busy", f"{slots.get('busy', 0)} of {slots.get('total', 0)}"),
         ("waiting", f"{queue.get('waiting', 0)} of {queue.get('limit', 0)}"),
@@ -50,9 +47,33 @@ def ps(context: typer.Context, as_json: AsJson = False) -> None:
         ("up", f"{status['uptime_s']:.0f} s"),
     ]
     table("", ("WHAT", "NOW"), rows)
+    typer.echo("")
+    table(
+        "",
+        ("MODEL", "STATE", "CONTEXT", "MEMORY", "EXPECTED", "IDLE", "UNLOADS"),
+        map(_row, status["models"]),
+    )
+    for model in status["models"]:
+        if model["note"]:
+            typer.echo(model["note"])
 
 
-async def _status(config: Config) -> dict[str, Any]:
+def _row(model: dict[str, Any]) -> tuple[Any, ...]:
+    """One model for people."""
+    slots, idle, expires = model["slots"].get("total", 0), model["idle_s"], model["expires_in_s"]
+    loading = model["state"] == "loading"
+    return (
+        model["name"],
+        f"loading {model['progress']:.0%}" if loading else model["state"],
+        f"{slots} x {model['context']}" if slots else "",
+        megabytes(model["measured_bytes"]),
+        megabytes(model["estimate"].get("total", 0)),
+        "in use" if idle is None else f"{idle:.0f} s",
+        "pinned" if model["pinned"] else "never" if expires is None else f"in {expires:.0f} s",
+    )
+
+
+async def daemon_status(config: Config) -> dict[str, Any]:
     import httpx
 
     from lichen.cli.answering import daemon_client, refusal
@@ -192,7 +213,7 @@ def _writable(path: Path) -> bool:
 def _port(config: Config) -> Finding:
     where = config.uds or f"{config.host}:{config.port}"
     try:
-        state = asyncio.run(_status(config))["state"]
+        state = asyncio.run(daemon_status(config))["state"]
         return Finding("daemon", "fine", f"runs at {where}, {state}")
     except Unauthorized as error:
         return Finding("daemon", "warning", f"runs at {where}: {error}")

@@ -16,6 +16,7 @@ from lichen.runtime.http.log_format import configure_logging
 
 if TYPE_CHECKING:
     from lichen.config import Config
+    from lichen.runtime.resident import LoadProgress
     from lichen.runtime.served_model import ServedModel
 
 Text = Optional[str]
@@ -55,6 +56,11 @@ def serve(
     threads: Annotated[Number, typer.Option(help="Threads that compute; 0: the physical cores.")] = None,
     queue: Annotated[Number, typer.Option(help="Requests that may wait for a slot.")] = None,
     prefix_cache: Annotated[Text, typer.Option(help="Bytes on disk for long prompts; 0 for none.")] = None,
+    keep_alive: Annotated[
+        float | None, typer.Option(help="Seconds that an idle model stays loaded; -1: for ever.")
+    ] = None,
+    memory_limit: Annotated[Text, typer.Option(help="Most memory for all models, such as '4 GiB'.")] = None,
+    max_models: Annotated[Number, typer.Option(help="Models loaded at once; 0: as memory allows.")] = None,
     max_body: Annotated[Text, typer.Option(help="Largest request body in bytes.")] = None,
     rate_limit: Annotated[Number, typer.Option(help="Requests a minute and client; 0: no limit.")] = None,
     request_timeout: Annotated[Decimal, typer.Option(help="Seconds for an answer; 0: no limit.")] = None,
@@ -66,7 +72,7 @@ def serve(
     log_level: Annotated[Text, typer.Option(help="debug, info, warning, error or critical.")] = None,
     log_format: Annotated[Text, typer.Option(help="text or json.")] = None,
 ) -> None:
-    """Serve a model over an OpenAI-compatible HTTP API."""
+    """Serve models over an OpenAI-compatible HTTP API."""
     given = {name: value for name, value in context.params.items() if value not in (None, [], ())}
     config = config_of(context, **{RENAMED.get(name, name): value for name, value in given.items()})
     configure_logging(config.log_level, config.log_format)
@@ -75,10 +81,18 @@ def serve(
 
 def run_daemon(config: Config) -> None:
     """Load in a thread while the HTTP server's modules are imported: both take about as long."""
+    from lichen.runtime.heap import one_heap
+    from lichen.runtime.resident import LoadProgress
+
+    one_heap()  # before the first thread, so that what it loads can be given back whole
     loading: Future[Any] = Future()
-    Thread(target=_load, args=(config, loading), name="lichen-load", daemon=True).start()
+    progress = LoadProgress()
+    Thread(target=_load, args=(config, loading, progress), name="lichen-load", daemon=True).start()
 
     from lichen.runtime.http.daemon import DaemonOptions, serve
+    from lichen.runtime.pool import ModelPool, PoolOptions
+    from lichen.shelf import StoreShelf
+    from lichen.sync.store import Store
 
     options = DaemonOptions(
         host=config.host,
@@ -99,8 +113,15 @@ def run_daemon(config: Config) -> None:
         drain_timeout=config.drain_timeout,
     )
 
+    pool_options = PoolOptions(
+        keep_alive=config.keep_alive, memory_limit=config.memory_limit, max_models=config.max_models
+    )
+
     async def run() -> None:
-        await serve(options, asyncio.wrap_future(loading), on_event=lambda line: print(line, flush=True))
+        pool = ModelPool(StoreShelf(config), pool_options)
+        store = Store(config.home / "store", offline=config.offline)
+        first = pool.start(asyncio.wrap_future(loading), progress)
+        await serve(options, pool, first, store=store, on_event=lambda line: print(line, flush=True))
 
     try:
         import uvloop
@@ -110,12 +131,12 @@ def run_daemon(config: Config) -> None:
         uvloop.run(run())
 
 
-def _load(config: Config, loading: Future[ServedModel]) -> None:
+def _load(config: Config, loading: Future[ServedModel], progress: LoadProgress) -> None:
     try:
         from lichen.api import load_model
         from lichen.cli.models import PullDisplay
 
         with PullDisplay(sys.stderr) as display:
-            loading.set_result(asyncio.run(load_model(config, progress=display)))
+            loading.set_result(asyncio.run(load_model(config, progress=display, loaded=progress)))
     except BaseException as error:  # raised again where the daemon waits for the model
         loading.set_exception(error)

@@ -23,17 +23,22 @@ from aiohttp import web
 
 import lichen
 from lichen.errors import ConfigError, LichenError, Unavailable
-from lichen.runtime import native
+from lichen.runtime import memory, native
 from lichen.runtime.http.access_log import AccessLog, name_request, traced
 from lichen.runtime.http.guard import LOOPBACK, Guard
 from lichen.runtime.http.keys import KeyStore
 from lichen.runtime.http.limits import Deadlines, RateLimiter, cut_stalled, server_limits
 from lichen.runtime.http.metrics_route import MetricsRoute
+from lichen.runtime.http.models import ModelRoutes
+from lichen.runtime.http.ollama import OllamaRoutes
+from lichen.runtime.http.ollama_models import OllamaModels
 from lichen.runtime.http.openai import OpenAIRoutes
 from lichen.runtime.http.tls import server_context
 from lichen.runtime.http.tokens import TokenRoutes
 from lichen.runtime.metrics import ProcessMetrics
+from lichen.runtime.pool import ModelPool
 from lichen.runtime.served_model import ServedModel
+from lichen.sync.store import Store
 
 log = logging.getLogger("lichen.http")
 
@@ -74,17 +79,19 @@ class DaemonOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Daemon:
-    """State of one daemon: the model once it is loaded, and whether it still takes requests."""
+    """State of one daemon: its models, and whether it takes requests."""
 
-    def __init__(self, options: DaemonOptions) -> None:
+    def __init__(self, options: DaemonOptions, pool: ModelPool, store: Store | None = None) -> None:
         options.check()
         self.options = options
-        self.model: ServedModel | None = None
+        self.pool = pool
+        self._store = store
         self.state: Literal["loading", "ok", "draining", "failed"] = "loading"
         self.url = ""
         self._failure: LichenError | None = None
         self._started = time.monotonic()
         self.metrics = ProcessMetrics()
+        pool.on_ready, pool.on_evicted = self.metrics.loaded, self.metrics.evicted
         hosts = (options.host, *options.allowed_hosts)
         self._tls = server_context(options.tls_cert, options.tls_key)
         self._guard = Guard(
@@ -95,15 +102,21 @@ class Daemon:
             rate=RateLimiter(options.rate_limit),
         )
 
-    def current(self) -> ServedModel:
-        """The model that answers; raises Unavailable while there is none."""
+    def check(self) -> None:
+        """Raise Unavailable, or why the start failed, while no requests are taken."""
         if self.state == "draining":
             raise Unavailable("lichen is shutting down and takes no new requests.")
         if self._failure is not None:
             raise self._failure
-        if self.model is None:
+        if self.state == "loading":
             raise Unavailable("The model is still loading.", hint="Try again in a moment.")
-        return self.model
+
+    @asynccontextmanager
+    async def use(self, name: str | None, keep_alive: float | None) -> AsyncIterator[ServedModel]:
+        """A model by name, loaded if need be, held until the end of the block. Raises LichenError."""
+        self.check()
+        async with self.pool.use(name, keep_alive) as model:
+            yield model
 
     def application(self) -> web.Application:
         """The aiohttp application with every route."""
@@ -112,12 +125,14 @@ class Daemon:
             middlewares=[traced, self._guard.middleware, deadlines.middleware],
             client_max_size=self.options.max_body,
         )
-        metrics = MetricsRoute(self._models, self.metrics, _resident_bytes)
+        metrics = MetricsRoute(self.pool.ready, self.metrics, memory.resident)
         app.on_response_prepare.extend([name_request, self._guard.allow_reading, metrics.count_error])
         app.add_routes(metrics.routes())
-        openai = OpenAIRoutes(self.current)
-        app.add_routes(openai.routes())
-        app.add_routes(TokenRoutes(openai.named).routes())
+        app.add_routes(OpenAIRoutes(self.use, self.pool.known, self.pool.loaded).routes())
+        app.add_routes(TokenRoutes(self.use).routes())
+        app.add_routes(ModelRoutes(self.pool, self.check).routes())
+        app.add_routes(OllamaRoutes(self.use, self.pool).routes())
+        app.add_routes(OllamaModels(self.pool, self._store).routes())
         app.add_routes(
             [
                 web.get("/health", self.health),
@@ -128,20 +143,21 @@ class Daemon:
         )
         return app
 
-    async def load(self, loading: Awaitable[ServedModel]) -> None:
-        """Wait for the model; a failure is kept for `/health` and raised."""
+    async def load(self, first: Awaitable[None]) -> None:
+        """Wait for the default model; a failure is kept for `/health` and raised."""
         try:
-            self.model = await loading
+            await first
         except LichenError as error:
             self.state, self._failure = "failed", error
             raise
-        self.metrics.loaded(self.model.info.name)
-        self.state = "ok"
+        if self.state == "loading":
+            self.state = "ok"
 
     async def health(self, request: web.Request) -> web.Response:
         """200 when requests are answered, 503 otherwise, with the state."""
         state: str = self.state
-        if self.model is not None and self.model.engine.state == "failed":
+        default = self.pool.served()
+        if default is not None and default.engine.state == "failed":
             state = "failed"
         return _json({"status": state}, status=200 if state == "ok" else 503)
 
@@ -150,40 +166,37 @@ class Daemon:
         return _json({"version": lichen.__version__, "llama_cpp": native.version()})
 
     async def status(self, request: web.Request) -> web.Response:
-        """What runs now: model, slots, queue, counters, memory (bytes)."""
-        model = self.model
+        """What runs now: memory (bytes), and for each model its state, slots, queue and counters.
+
+        `slots`, `queue`, `kv` and `counters` beside `models` are sums over the models that are loaded.
+        """
+        models = self.pool.loaded()
         body: dict[str, Any] = {
             "version": lichen.__version__,
             "pid": os.getpid(),
             "uptime_s": round(time.monotonic() - self._started, 1),
             "state": self.state,
-            "rss_bytes": _resident_bytes(),
+            "rss_bytes": memory.resident(),
+            "available_bytes": memory.available(self.pool.options.memory_limit),
             "tasks": len(asyncio.all_tasks()),
-            "models": [],
+            "models": msgspec.to_builtins(models),
         }
-        if model is not None:
-            counters = model.engine.counters()
-            cells = model.info.context * model.info.slots
-            body["models"] = [msgspec.to_builtins(model.info)]
-            body["slots"] = {"total": model.info.slots, "busy": model.info.slots - counters.free_slots}
-            body["queue"] = {"waiting": counters.waiting, "limit": model.options.queue}
-            body["kv"] = {"cells_used": counters.cells_used, "cells_total": cells}
-            body["counters"] = msgspec.to_builtins(counters)
+        for part in ("slots", "queue", "kv", "counters"):
+            sums: dict[str, float] = {}
+            for numbers in (getattr(model, part) for model in models):
+                for name, number in numbers.items():
+                    sums[name] = sums.get(name, 0) + number
+            body[part] = sums
         return _json(body)
 
     async def openapi(self, request: web.Request) -> web.Response:
         """The OpenAPI document of these routes."""
         return web.Response(body=await asyncio.to_thread(_openapi_bytes), content_type="application/json")
 
-    def _models(self) -> list[ServedModel]:
-        return [] if self.model is None else [self.model]
-
     async def drain(self) -> bool:
         """Refuse new requests and let running ones finish until the deadline; True when all did."""
         self.state = "draining"
-        if self.model is None:
-            return True
-        return await asyncio.to_thread(self.model.engine.drain, self.options.drain_timeout)
+        return await self.pool.drain(self.options.drain_timeout)
 
     @asynccontextmanager
     async def listening(self) -> AsyncIterator[None]:
@@ -231,36 +244,43 @@ class Daemon:
 
 async def serve(
     options: DaemonOptions,
-    loading: Awaitable[ServedModel],
+    pool: ModelPool,
+    first: Awaitable[None],
     *,
+    store: Store | None = None,
     on_event: Callable[[str], None] = lambda _line: None,
 ) -> None:
-    """Run a daemon until a signal ends it. `loading` gives the model; `on_event` gets lines for a person.
+    """Run a daemon until a signal ends it; closes the pool. `on_event` gets lines for a person.
 
+    first: done when the default model is ready (`ModelPool.start`). store: where clients may pull models to.
     Raises ConfigError when it cannot listen, and what loading raised.
     """
-    daemon = Daemon(options)
     try:
+        daemon = Daemon(options, pool, store)
         async with daemon.listening():
             on_event(f"Listening on {daemon.url}")
             stop = _signals(on_event)
-            load = asyncio.ensure_future(daemon.load(loading))
-            first = asyncio.ensure_future(stop.wait_first())
-            await asyncio.wait({load, first}, return_when=asyncio.FIRST_COMPLETED)
+            load = asyncio.ensure_future(daemon.load(first))
+            stopped = asyncio.ensure_future(stop.wait_first())
+            await asyncio.wait({load, stopped}, return_when=asyncio.FIRST_COMPLETED)
             if load.done():
                 load.result()
-                assert daemon.model is not None, "load() sets the model or raises"
-                on_event(f"Ready: {daemon.model.info.name}")
-            await first
+                _announce(pool, on_event)
+            await stopped
             drained = asyncio.ensure_future(daemon.drain())
             await asyncio.wait(
                 {drained, asyncio.ensure_future(stop.wait_second())}, return_when=asyncio.FIRST_COMPLETED
             )
+            with suppress(LichenError):
+                await load
     finally:
-        with suppress(LichenError):
-            model = daemon.model or await loading
-            await asyncio.to_thread(model.close)
+        await pool.close()
     on_event("Stopped.")
+
+
+def _announce(pool: ModelPool, on_event: Callable[[str], None]) -> None:
+    for status in pool.loaded():
+        on_event(f"Ready: {status.name}" + (f" ({status.note})" if status.note else ""))
 
 
 class _Stops:
@@ -323,12 +343,6 @@ def _openapi_bytes() -> bytes:
     from lichen.runtime.http.openapi import document_bytes
 
     return document_bytes()
-
-
-def _resident_bytes() -> int:
-    import psutil
-
-    return int(psutil.Process().memory_info().rss)
 
 
 def _json(body: dict[str, Any], *, status: int = 200) -> web.Response:

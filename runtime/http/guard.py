@@ -189,18 +189,26 @@ class Guard:
             response.headers["Vary"] = "Origin"
 
 
-def error_body(error: LichenError) -> dict[str, object]:
-    """An error in OpenAI's shape. What went wrong on this machine is told without its folders and secrets."""
-    message = str(error)
+def error_text(error: LichenError) -> str:
+    """What a client is told. What went wrong on this machine, without its folders and secrets."""
     if error.status >= 500 or isinstance(error, ModelFileError):
-        message = without_secrets(message)
+        return without_secrets(str(error))
+    return str(error)
+
+
+def error_body(error: LichenError) -> dict[str, object]:
+    """An error in OpenAI's shape."""
+    message = error_text(error)
     return {"error": {"message": message, "type": error.kind, "param": error.param, "code": error.code}}
 
 
-def error_response(error: LichenError) -> web.Response:
-    """An error as an HTTP answer."""
+def error_response(error: LichenError, *, path: str = "") -> web.Response:
+    """An error as an HTTP answer; Ollama's routes word it as one text."""
+    body = error_body(error)
+    if path.startswith("/api/"):
+        body = {"error": error_text(error)}
     response = web.Response(
-        status=error.status, body=msgspec.json.encode(error_body(error)), content_type="application/json"
+        status=error.status, body=msgspec.json.encode(body), content_type="application/json"
     )
     response[ERROR_CODE] = error.code
     if (retry_after := getattr(error, "retry_after", None)) is not None:
@@ -213,7 +221,7 @@ async def _told(error: LichenError, request: web.Request) -> web.StreamResponse:
     exchange = EXCHANGE.get()
     begun: web.StreamResponse | None = None if exchange is None else exchange.response
     if begun is None:
-        return error_response(error)
+        return error_response(error, path=request.path)
     # What is no stream of events must not look complete; a client that does not read is not waited for.
     if begun.content_type != "text/event-stream" or request.protocol.writing_paused:
         if request.transport is not None:

@@ -6,34 +6,35 @@ Answers are lines of JSON. Times are in nanoseconds, as that API has them.
 from __future__ import annotations
 
 import datetime
+import re
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import msgspec
 from aiohttp import web
 
 import lichen
-from lichen.errors import LichenError, UnsupportedField
-from lichen.runtime.answer import Part
+from lichen.errors import LichenError, NotFound, RequestError
+from lichen.runtime.answer import CallArguments, CallBegins, Part, Said
+from lichen.runtime.answer_form import AnswerForm
 from lichen.runtime.generation import Generation
-from lichen.runtime.http.ollama_models import ModelFacts
+from lichen.runtime.http.guard import error_text
 from lichen.runtime.http.ollama_schema import ChatRequest, EmbedRequest, GenerateRequest
-from lichen.runtime.http.openai import json_response, read
+from lichen.runtime.http.openai import Use, json_response, read
 from lichen.runtime.http.wording import Message
 from lichen.runtime.pool import ModelPool
 from lichen.runtime.sequence import Finished, Piece
 from lichen.runtime.served_model import ServedModel
 
-HEARTBEAT_S = 10.0
-
 
 class OllamaRoutes:
-    """The handlers, over a pool of models."""
+    """The handlers. use: holds a model by name, loading it if need be."""
 
-    def __init__(self, pool: ModelPool, facts: ModelFacts) -> None:
+    def __init__(self, use: Use, pool: ModelPool) -> None:
+        self._use = use
         self._pool = pool
-        self._facts = facts
 
     def routes(self) -> list[web.RouteDef]:
         """Route table for `Application.add_routes`."""
@@ -42,7 +43,6 @@ class OllamaRoutes:
             web.post("/api/generate", self.generate),
             web.post("/api/embed", self.embed),
             web.get("/api/version", self.version),
-            *self._facts.routes(),
         ]
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
@@ -51,7 +51,7 @@ class OllamaRoutes:
         started = time.perf_counter()
         if not body.messages:
             return await self._load_only(body.model, body.keep_alive, {"message": _message({"content": ""})})
-        async with self._pool.use(bare(body.model), keep_alive=seconds(body.keep_alive)) as model:
+        async with self._use(bare(body.model), seconds(body.keep_alive)) as model:
             loaded = time.perf_counter()
             messages = [message.plain() for message in body.messages]
             (generation,) = await model.chat(messages, body.sampling(model.info.context), body.form())
@@ -64,15 +64,13 @@ class OllamaRoutes:
         started = time.perf_counter()
         if not body.prompt:
             return await self._load_only(body.model, body.keep_alive, {"response": ""})
-        async with self._pool.use(bare(body.model), keep_alive=seconds(body.keep_alive)) as model:
+        async with self._use(bare(body.model), seconds(body.keep_alive)) as model:
             loaded = time.perf_counter()
             generation = await self._generation(model, body)
             lines = _Lines(body.model, started, loaded, chat=False)
             return await _send(request, generation, lines, stream=body.stream)
 
     async def _generation(self, model: ServedModel, body: GenerateRequest) -> Generation:
-        from lichen.runtime.answer_form import AnswerForm
-
         options = body.sampling(model.info.context)
         if body.raw:
             (generation,) = await model.complete(body.prompt, options, schema=body.schema())
@@ -86,9 +84,10 @@ class OllamaRoutes:
         """Load a model, or with keep_alive 0 unload it."""
         wanted = seconds(keep_alive)
         if wanted == 0:
-            await self._pool.unload(bare(name))
+            with suppress(NotFound):  # it is gone already
+                await self._pool.unload(bare(name))
         else:
-            async with self._pool.use(bare(name), keep_alive=wanted):
+            async with self._use(bare(name), wanted):
                 pass
         reason = "unload" if wanted == 0 else "load"
         return json_response(
@@ -100,15 +99,11 @@ class OllamaRoutes:
         body: EmbedRequest = await read(request, EmbedRequest)
         started = time.perf_counter()
         texts = [body.input] if isinstance(body.input, str) else body.input
-        async with self._pool.use(bare(body.model), keep_alive=seconds(body.keep_alive)) as model:
+        async with self._use(bare(body.model), seconds(body.keep_alive)) as model:
             loaded = time.perf_counter()
             vectors, count = [], 0
             for text in texts:
-                vector, tokens = await model.embed(text, truncate=body.truncate)
-                if body.dimensions not in (None, len(vector)):
-                    raise UnsupportedField(
-                        f"This model's embeddings have {len(vector)} dimensions.", param="dimensions"
-                    )
+                vector, tokens = await model.embed(text, truncate=body.truncate, dimensions=body.dimensions)
                 vectors.append(vector)
                 count += tokens
         return json_response(
@@ -209,7 +204,7 @@ async def _stream(request: web.Request, generation: Generation, lines: _Lines) -
         async for parts in _parts(generation):
             whole.add(parts)
             shown = Message()
-            shown.add(part for part in parts if not _of_call(part))
+            shown.add(part for part in parts if not isinstance(part, CallBegins | CallArguments))
             plain = shown.plain()
             if plain["content"] or plain.get("reasoning_content"):
                 await response.write(_line(lines.part(plain)))
@@ -218,7 +213,7 @@ async def _stream(request: web.Request, generation: Generation, lines: _Lines) -
             await response.write(_line(lines.part({"tool_calls": calls})))
         await response.write(_line(lines.last({}, generation.finished)))
     except LichenError as error:
-        await response.write(_line({"error": str(error)}))
+        await response.write(_line({"error": error_text(error)}))
     except ConnectionError:  # the client is gone; the generation is closed by the caller
         return response
     await response.write_eof()
@@ -226,18 +221,12 @@ async def _stream(request: web.Request, generation: Generation, lines: _Lines) -
 
 
 async def _parts(generation: Generation) -> AsyncIterator[list[Part]]:
-    from lichen.runtime.answer import Said
-
     reader = generation.reader
     async for event in generation:
         if isinstance(event, Piece):
             yield reader.feed(event.text) if reader is not None else [Said(event.text)]
     if reader is not None:
         yield reader.flush()
-
-
-def _of_call(part: Part) -> bool:
-    return hasattr(part, "index")
 
 
 def _line(value: dict[str, Any]) -> bytes:
@@ -264,10 +253,6 @@ def seconds(keep_alive: float | str | None) -> float | None:
 
     Below 0 means for ever. Raises RequestError for a text that means nothing.
     """
-    import re
-
-    from lichen.errors import RequestError
-
     if not isinstance(keep_alive, str):
         return keep_alive
     found = re.fullmatch(r"(-?)((?:\d+(?:\.\d+)?(?:ms|s|m|h)?)+)", keep_alive.strip())

@@ -9,23 +9,25 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from lichen.errors import LichenError
+from lichen.errors import Forbidden, LichenError
 from lichen.quant.gguf_check import GGUFArray, GGUFSummary, check_gguf
+from lichen.runtime.http.guard import error_text
 from lichen.runtime.http.ollama_schema import ModelRequest
 from lichen.runtime.http.openai import json_response, read
 from lichen.runtime.pool import ModelPool
-from lichen.sync.store import ModelManifest, PullProgress, Store
+from lichen.runtime.resident import Candidate
+from lichen.sync.store import PullProgress, Store
 
 CAPABILITIES = ("completion", "tools", "embedding")
 FOREVER = datetime.timedelta(days=36500)
 
 
-class ModelFacts:
-    """The handlers, over the store and the pool of loaded models."""
+class OllamaModels:
+    """The handlers, over the pool of models. store: where `pull` puts models; None where it must not."""
 
-    def __init__(self, store: Store, pool: ModelPool) -> None:
-        self._store = store
+    def __init__(self, pool: ModelPool, store: Store | None) -> None:
         self._pool = pool
+        self._store = store
 
     def routes(self) -> list[web.RouteDef]:
         """Route table for `Application.add_routes`."""
@@ -37,26 +39,24 @@ class ModelFacts:
         ]
 
     async def tags(self, request: web.Request) -> web.Response:
-        """All models of the store."""
-        manifests = await asyncio.to_thread(self._store.manifests)
-        return json_response({"models": [_card(manifest) for manifest in manifests]})
+        """All models that can answer."""
+        return json_response({"models": [_card(candidate) for candidate in await self._pool.known()]})
 
     async def ps(self, request: web.Request) -> web.Response:
         """The models that are loaded, their memory in bytes, and when they will be unloaded."""
         models = []
         for loaded in self._pool.loaded():
-            info = loaded.model.info
-            rest = FOREVER if loaded.expires_in is None else datetime.timedelta(seconds=loaded.expires_in)
+            rest = FOREVER if loaded.expires_in_s is None else datetime.timedelta(seconds=loaded.expires_in_s)
             models.append(
                 {
-                    "name": info.name,
-                    "model": info.name,
-                    "size": loaded.memory,
-                    "digest": info.sha256,
-                    "details": {"family": info.architecture, "format": "gguf"},
+                    "name": loaded.name,
+                    "model": loaded.name,
+                    "size": loaded.measured_bytes,
+                    "digest": loaded.sha256,
+                    "details": {"family": loaded.architecture, "format": "gguf"},
                     "expires_at": (datetime.datetime.now(datetime.UTC) + rest).isoformat(),
                     "size_vram": 0,
-                    "context_length": info.context,
+                    "context_length": loaded.context,
                 }
             )
         return json_response({"models": models})
@@ -64,20 +64,19 @@ class ModelFacts:
     async def show(self, request: web.Request) -> web.Response:
         """What a model's file says of itself."""
         body: ModelRequest = await read(request, ModelRequest)
-        manifest = self._store.get(body.reference().removesuffix(":latest"))
-        summary = await asyncio.to_thread(check_gguf, self._store.blob_path(manifest))
+        candidate = await asyncio.to_thread(self._pool.shelf.find, body.reference().removesuffix(":latest"))
+        summary = await asyncio.to_thread(check_gguf, candidate.path)
         metadata = {key: _shown(value) for key, value in summary.metadata.items()}
+        template = metadata.pop("tokenizer.chat_template", "")
         return json_response(
             {
-                "modelfile": f"FROM {manifest.source}",
+                "modelfile": f"FROM {candidate.name}",
                 "parameters": "",
-                "template": metadata.get("tokenizer.chat_template", ""),
-                "details": _details(manifest, summary),
-                "model_info": {
-                    key: value for key, value in metadata.items() if key != "tokenizer.chat_template"
-                },
+                "template": template,
+                "details": _details(candidate, summary),
+                "model_info": metadata,
                 "capabilities": list(CAPABILITIES),
-                "modified_at": manifest.pulled_at,
+                "modified_at": _modified(candidate),
             }
         )
 
@@ -85,8 +84,15 @@ class ModelFacts:
         """Fetch a model of the catalog or from a source; progress as lines unless `stream` is false."""
         body: ModelRequest = await read(request, ModelRequest)
         reference = body.reference().removesuffix(":latest")
+        store = self._store
+        if store is None:
+            raise Forbidden("This daemon does not fetch models.")
+        if reference.partition(":")[0] in ("file", "http", "https"):  # its files, and the hosts it can reach
+            raise Forbidden(
+                "A client may pull models of the catalog, hf: and pypi: only.", hint="Use: lichen pull"
+            )
         if not body.stream:
-            await self._store.pull(reference)
+            await store.pull(reference)
             return json_response({"status": "success"})
         response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
         await response.prepare(request)
@@ -96,7 +102,7 @@ class ModelFacts:
         def report(now: PullProgress) -> None:  # from the loop, or from a thread that hashes
             loop.call_soon_threadsafe(reports.put_nowait, _progress(now))
 
-        work = asyncio.ensure_future(self._store.pull(reference, progress=report))
+        work = asyncio.ensure_future(store.pull(reference, progress=report))
         work.add_done_callback(lambda _done: reports.put_nowait(None))
         try:
             while (line := await reports.get()) is not None:
@@ -104,7 +110,7 @@ class ModelFacts:
             await work
             await response.write(b'{"status":"success"}\n')
         except LichenError as error:
-            await response.write(msgspec.json.encode({"error": str(error)}) + b"\n")
+            await response.write(msgspec.json.encode({"error": error_text(error)}) + b"\n")
         except ConnectionError:  # the client is gone; what was fetched stays for the next pull
             return response
         finally:
@@ -113,24 +119,29 @@ class ModelFacts:
         return response
 
 
-def _card(manifest: ModelManifest) -> dict[str, Any]:
+def _card(candidate: Candidate) -> dict[str, Any]:
     return {
-        "name": manifest.name,
-        "model": manifest.name,
-        "modified_at": manifest.pulled_at,
-        "size": manifest.size,
-        "digest": manifest.sha256,
-        "details": _details(manifest, None),
+        "name": candidate.name,
+        "model": candidate.name,
+        "modified_at": _modified(candidate),
+        "size": candidate.size,
+        "digest": candidate.sha256,
+        "details": _details(candidate, None),
     }
 
 
-def _details(manifest: ModelManifest, summary: GGUFSummary | None) -> dict[str, Any]:
+def _modified(candidate: Candidate) -> str:
+    when = candidate.path.stat().st_mtime if candidate.path.exists() else 0.0
+    return datetime.datetime.fromtimestamp(when, datetime.UTC).isoformat()
+
+
+def _details(candidate: Candidate, summary: GGUFSummary | None) -> dict[str, Any]:
     size = "" if summary is None else f"{summary.parameter_count / 1e6:.0f}M"
     return {
         "parent_model": "",
         "format": "gguf",
-        "family": manifest.architecture,
-        "families": [manifest.architecture],
+        "family": candidate.architecture,
+        "families": [candidate.architecture],
         "parameter_size": size,
         "quantization_level": "",
     }

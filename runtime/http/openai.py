@@ -8,29 +8,41 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import msgspec
 from aiohttp import web
 
-from lichen.errors import NotFound, UnsupportedField
+from lichen.errors import NotFound
 from lichen.runtime.generation import Generation
 from lichen.runtime.http import wording
 from lichen.runtime.http.answers import CHAT, TEXT, Answer, Wording
 from lichen.runtime.http.schema import Body, ChatBody, CompletionBody, EmbeddingsBody, parse
-from lichen.runtime.served_model import ServedModel
+from lichen.runtime.resident import Candidate, ModelStatus
+from lichen.runtime.served_model import CAPABILITIES, ServedModel
 
 LARGE_BODY = 1 << 18  # bytes; parsed off the event loop
 
 encode = msgspec.json.encode
 
 
-class OpenAIRoutes:
-    """The handlers, over whichever model `current` gives (it raises while none is loaded)."""
+Use = Callable[[str | None, float | None], AbstractAsyncContextManager[ServedModel]]
 
-    def __init__(self, current: Callable[[], ServedModel]) -> None:
-        self._current = current
+
+class OpenAIRoutes:
+    """The handlers. use: holds a model by name, loading it if need be. known and loaded: for the list."""
+
+    def __init__(
+        self,
+        use: Use,
+        known: Callable[[], Awaitable[list[Candidate]]],
+        loaded: Callable[[], list[ModelStatus]],
+    ) -> None:
+        self._use = use
+        self._known = known
+        self._loaded = loaded
         self._started = int(time.time())
 
     def routes(self) -> list[web.RouteDef]:
@@ -46,74 +58,74 @@ class OpenAIRoutes:
     async def chat_completions(self, request: web.Request) -> web.StreamResponse:
         """Answer a conversation."""
         body: ChatBody = await read(request, ChatBody)
-        model = self.named(body.model)
         messages = [message.plain() for message in body.messages]
-        generations = await model.chat(messages, body.sampling(), body.form(), count=body.n)
-        return await _answer(request, body, model, generations, CHAT)
+        async with self._use(body.model, body.keep_alive) as model:
+            generations = await model.chat(messages, body.sampling(), body.form(), count=body.n)
+            return await _answer(request, body, model, generations, CHAT)
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         """Continue one text or several."""
         body: CompletionBody = await read(request, CompletionBody)
-        model = self.named(body.model)
         options, prompts = body.sampling(), body.prompts()
         generations: list[Generation] = []
-        try:
-            for prompt in prompts:
-                generations += await model.complete(prompt, options, count=body.n)
-        except BaseException:
-            _close(generations)
-            raise
-        return await _answer(request, body, model, generations, TEXT, prompts=len(prompts))
+        async with self._use(body.model, body.keep_alive) as model:
+            try:
+                for prompt in prompts:
+                    generations += await model.complete(prompt, options, count=body.n)
+            except BaseException:
+                _close(generations)
+                raise
+            return await _answer(request, body, model, generations, TEXT, prompts=len(prompts))
 
     async def embeddings(self, request: web.Request) -> web.Response:
         """A vector for each input."""
         body: EmbeddingsBody = await read(request, EmbeddingsBody)
-        model = self.named(body.model)
         count = 0
         data = []
-        for index, text in enumerate(body.inputs()):
-            vector, tokens = await model.embed(text, truncate=body.truncate)
-            if body.dimensions not in (None, len(vector)):
-                raise UnsupportedField(
-                    f"This model's embeddings have {len(vector)} dimensions; they cannot be cut to "
-                    f"{body.dimensions}.",
-                    param="dimensions",
-                )
-            count += tokens
-            value = wording.embedding_value(vector, body.encoding_format)
-            data.append({"object": "embedding", "index": index, "embedding": value})
-        usage = {"prompt_tokens": count, "total_tokens": count}
-        return json_response({"object": "list", "data": data, "model": model.info.name, "usage": usage})
+        async with self._use(body.model, body.keep_alive) as model:
+            for index, text in enumerate(body.inputs()):
+                vector, tokens = await model.embed(text, truncate=body.truncate, dimensions=body.dimensions)
+                count += tokens
+                value = wording.embedding_value(vector, body.encoding_format)
+                data.append({"object": "embedding", "index": index, "embedding": value})
+            usage = {"prompt_tokens": count, "total_tokens": count}
+            return json_response({"object": "list", "data": data, "model": model.info.name, "usage": usage})
 
     async def models(self, request: web.Request) -> web.Response:
-        """The models that can answer now."""
-        return json_response({"object": "list", "data": [self._card(self._current())]})
+        """All models that can answer, loaded or not, the default one first."""
+        return json_response({"object": "list", "data": await self._cards()})
 
     async def model(self, request: web.Request) -> web.Response:
         """One model."""
-        return json_response(self._card(self.named(request.match_info["name"])))
+        name = request.match_info["name"]
+        cards = await self._cards()
+        for card in cards:
+            if name == card["id"] or (name == "default" and card is cards[0]):
+                return json_response(card)
+        there = ", ".join(card["id"] for card in cards)
+        raise NotFound(f"The model {name!r} is not here.", hint=f"Served: {there}.", param="model")
 
-    def named(self, name: str | None) -> ServedModel:
-        """The model of that name, or the one that is served. Raises NotFound or Unavailable."""
-        model = self._current()
-        if name is not None and name not in model.names:
-            raise NotFound(
-                f"The model {name!r} is not served here.", hint=f"Served: {model.info.name}.", param="model"
-            )
-        return model
+    async def _cards(self) -> list[dict[str, Any]]:
+        loaded = {status.name: status for status in self._loaded() if status.state == "ready"}
+        known = {candidate.name: candidate for candidate in await self._known()}
+        names = list(known) or list(loaded)
+        return [self._card(name, known.get(name), loaded.get(name)) for name in names]
 
-    def _card(self, model: ServedModel) -> dict[str, Any]:
-        info = model.info
-        return {
-            "id": info.name,
+    def _card(self, name: str, known: Candidate | None, loaded: ModelStatus | None) -> dict[str, Any]:
+        there = known or loaded
+        assert there is not None, "a name comes from one of them"
+        card = {
+            "id": name,
             "object": "model",
             "created": self._started,
             "owned_by": "local",
-            "context_length": info.context,
-            "architecture": info.architecture,
-            "sha256": info.sha256,
-            "capabilities": list(info.capabilities),
+            "architecture": there.architecture or (loaded.architecture if loaded else ""),
+            "sha256": there.sha256,
+            "size": there.size,
+            "loaded": loaded is not None,
+            "capabilities": list(CAPABILITIES),
         }
+        return {**card, "context_length": loaded.context} if loaded else card
 
 
 async def _answer(

@@ -52,6 +52,7 @@ Count = Annotated[int, Meta(ge=1)]
 Choices = Annotated[int, Meta(ge=1, le=MAX_CHOICES)]
 Top = Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)]
 FunctionName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+KeepAlive = Annotated[float, Meta(ge=-1, le=31_536_000)]  # seconds; -1 for ever
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -65,6 +66,7 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """What chat and completion requests share."""
 
     model: str | None = None
+    keep_alive: KeepAlive | None = None  # lichen's own: how long the model stays loaded afterwards
     max_tokens: Count | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -80,7 +82,6 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     stream_options: StreamOptions | None = None
     n: Choices = 1
     deterministic: bool = False  # lichen's own: docs/determinism.md
-    keep_alive: float | str | None = None  # lichen's own: seconds the model stays loaded after this request
 
     def sampling(self) -> SamplingOptions:
         """The engine's options; what the request leaves out takes lichen's default."""
@@ -296,7 +297,7 @@ class EmbeddingsBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Count | None = None
     truncate: bool = False
-    keep_alive: float | str | None = None
+    keep_alive: KeepAlive | None = None
 
     def inputs(self) -> list[str | list[int]]:
         """The inputs, each of which gets a vector."""

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Any
 
 from aiohttp import web
 
 from lichen.runtime.answer_form import AnswerForm
-from lichen.runtime.http.openai import json_response, read
+from lichen.runtime.http.openai import Use, json_response, read
 from lichen.runtime.http.schema import DetokenizeBody, TemplateBody, TokenizeBody
-from lichen.runtime.served_model import ServedModel
 
 
 class TokenRoutes:
-    """The handlers, over the model that `named` gives for a request's `model`."""
+    """The handlers, over the model that a request names."""
 
-    def __init__(self, named: Callable[[str | None], ServedModel]) -> None:
-        self._named = named
+    def __init__(self, use: Use) -> None:
+        self._use = use
 
     def routes(self) -> list[web.RouteDef]:
         """Route table for `Application.add_routes`."""
@@ -31,28 +29,27 @@ class TokenRoutes:
     async def tokenize(self, request: web.Request) -> web.Response:
         """A text's token ids, with their bytes if they are asked for."""
         body: TokenizeBody = await read(request, TokenizeBody)
-        model = self._named(body.model)
-        tokens = await asyncio.to_thread(model.tokenize, body.content, add_bos=body.add_special)
-        if not body.with_pieces:
-            return json_response({"tokens": tokens})
-        return json_response(
-            {"tokens": [{"id": token, "piece": _piece(model.piece(token))} for token in tokens]}
-        )
+        async with self._use(body.model, None) as model:
+            tokens = await asyncio.to_thread(model.tokenize, body.content, add_bos=body.add_special)
+            if not body.with_pieces:
+                return json_response({"tokens": tokens})
+            pieces = [{"id": token, "piece": _piece(model.piece(token))} for token in tokens]
+            return json_response({"tokens": pieces})
 
     async def detokenize(self, request: web.Request) -> web.Response:
         """The text of token ids."""
         body: DetokenizeBody = await read(request, DetokenizeBody)
-        model = self._named(body.model)
-        data = b"".join(model.piece(token) for token in body.tokens)
-        return json_response({"content": data.decode("utf-8", "replace")})
+        async with self._use(body.model, None) as model:
+            data = b"".join(model.piece(token) for token in body.tokens)
+            return json_response({"content": data.decode("utf-8", "replace")})
 
     async def apply_template(self, request: web.Request) -> web.Response:
         """The prompt text of a conversation."""
         body: TemplateBody = await read(request, TemplateBody)
-        model = self._named(body.model)
         messages = [message.plain() for message in body.messages]
         form = AnswerForm(tools=tuple(spec.tool() for spec in body.tools))
-        return json_response({"prompt": await asyncio.to_thread(model.prompt_text, messages, form)})
+        async with self._use(body.model, None) as model:
+            return json_response({"prompt": await asyncio.to_thread(model.prompt_text, messages, form)})
 
 
 def _piece(data: bytes) -> Any:

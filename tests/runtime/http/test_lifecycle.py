@@ -15,10 +15,9 @@ import httpx
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
-from lichen.runtime.http.daemon import Daemon, DaemonOptions
 from lichen.runtime.served_model import ServedModel
 from lichen.sync.store import Store
-from tests.conftest import RunningDaemon, StartDaemon, wait_ready
+from tests.conftest import RunningDaemon, StartDaemon, daemon_over, wait_ready
 
 LONG = {"prompt": "Count: 1, 2, 3,", "max_tokens": 600, "temperature": 0, "stream": True}
 
@@ -83,8 +82,7 @@ async def test_health_answers_while_another_model_is_copied_and_hashed(
     served: ServedModel, model_path: Path, tmp_path: Path
 ) -> None:
     """p99 under 50 ms while the same event loop pulls and verifies a model."""
-    daemon = Daemon(DaemonOptions())
-    daemon.model, daemon.state = served, "ok"
+    daemon = daemon_over(served, tmp_path / "home")
     store = Store(tmp_path)
 
     async def pull_and_verify() -> None:
