@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -54,11 +55,16 @@ def served(model_path: Path) -> Iterator[ServedModel]:
     model.close()
 
 
-def daemon_over(served: ServedModel, home: Path) -> Daemon:
+def empty_pool(home: Path = Path("/nonexistent")) -> ModelPool:
+    """A pool without a model, over an empty store."""
+    return ModelPool(StoreShelf(load({"home": home}, {}).config))
+
+
+def daemon_over(served: ServedModel, home: Path, **options: Any) -> Daemon:
     """A daemon in this event loop over a loaded model and an empty store; nothing is closed at its end."""
-    pool = ModelPool(StoreShelf(load({"home": home}, {}).config))
+    pool = empty_pool(home)
     pool.adopt(served)
-    daemon = Daemon(DaemonOptions(), pool)
+    daemon = Daemon(DaemonOptions(**options), pool)
     daemon.state = "ok"
     return daemon
 

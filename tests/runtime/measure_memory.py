@@ -50,7 +50,7 @@ async def measure(path: Path, options: ModelOptions) -> dict[str, int]:
         prompts = [[50 + number] * count for number, count in enumerate(lengths)]
         sampling = SamplingOptions(max_tokens=4, temperature=0.8)
         answers = [await model.complete(prompt, sampling) for prompt in prompts]
-        await asyncio.gather(*(answer.text() for answer in answers))
+        await asyncio.gather(*(answer.text() for (answer,) in answers))
         estimate = model.fitted.estimate.total if model.fitted else 0
     (status,) = pool.loaded()
     return {

@@ -55,7 +55,7 @@ def highest_resident() -> Iterator[list[int]]:
 async def alternate(shelf: StoreShelf, requests: int) -> dict[str, float]:
     needed = shelf.fit(shelf.find("second"), None).estimate.total
     async with ModelPool(shelf).use("second") as model:  # what only the first load takes
-        await (await model.complete(PROMPT, TWO_TOKENS)).text()
+        await (await model.complete(PROMPT, TWO_TOKENS))[0].text()
         closing = model
     await asyncio.to_thread(closing.close)
     heap.trim()
@@ -66,7 +66,7 @@ async def alternate(shelf: StoreShelf, requests: int) -> dict[str, float]:
         for number in range(requests):
             async with pool.use(("first", "second")[number % 2]) as model:
                 assert model.options.slots == 1
-                assert await (await model.complete(PROMPT, TWO_TOKENS)).text() == " 5"
+                assert await (await model.complete(PROMPT, TWO_TOKENS))[0].text() == " 5"
             assert len(pool.loaded()) == 1
     await pool.close()
     figures = {"cap": cap / 1e6, "highest": highest[0] / 1e6, "seconds": time.perf_counter() - started}
@@ -88,7 +88,7 @@ async def test_an_idle_model_gives_its_memory_back(shelf: StoreShelf) -> None:
     await alternate(shelf, 1)
     pool = ModelPool(shelf, PoolOptions(keep_alive=0.2))
     async with pool.use("second") as model:
-        await (await model.complete(PROMPT, TWO_TOKENS)).text()
+        await (await model.complete(PROMPT, TWO_TOKENS))[0].text()
     (status,) = pool.loaded()
     held = memory.resident()
     for _ in range(200):
@@ -110,7 +110,7 @@ async def test_a_native_load_can_be_given_up(shelf: StoreShelf) -> None:
         load.cancel()
         await asyncio.wait({load})
     async with pool.use("second") as model:
-        assert await (await model.complete(PROMPT, TWO_TOKENS)).text() == " 5"
+        assert await (await model.complete(PROMPT, TWO_TOKENS))[0].text() == " 5"
     await pool.close()
     assert memory.resident() - before < 20 << 20
 

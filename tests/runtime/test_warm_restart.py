@@ -37,7 +37,7 @@ class Loads:
         options = ModelOptions(context=4096, slots=2, threads=2, spill_folder=self.folder)
         served = await asyncio.to_thread(ServedModel.load, self.path, name="m", sha256="", options=options)
         try:
-            generation = await served.chat(messages, SamplingOptions(temperature=0, max_tokens=LENGTH))
+            (generation,) = await served.chat(messages, SamplingOptions(temperature=0, max_tokens=LENGTH))
             await generation.text()
             assert generation.finished is not None
             answer = generation.sequence.tokens[len(generation.sequence.prompt) :]

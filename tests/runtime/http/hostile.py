@@ -11,6 +11,7 @@ from typing import Any
 from aiohttp import web
 
 from lichen.runtime.http.daemon import Daemon, DaemonOptions
+from tests.conftest import empty_pool
 
 SECRET_PATH = "/home/ann/.config/lichen/token.txt"
 
@@ -19,7 +20,7 @@ class Misbehaving(Daemon):
     """Routes that fail, hang, echo and flood; `ended` says how a handler came to its end."""
 
     def __init__(self, options: DaemonOptions) -> None:
-        super().__init__(options)
+        super().__init__(options, empty_pool())
         self.ended: list[str] = []
         self.flooded = 0  # bytes handed to the connection
 

@@ -19,7 +19,7 @@ from lichen.runtime.http.daemon import Daemon, DaemonOptions
 from lichen.runtime.http.openapi import LIMITS, ROUTES, document
 from lichen.runtime.http.schema import ChatBody, CompletionBody, parse, without_effect
 from lichen.runtime.sequence import SamplingOptions
-from tests.conftest import RunningDaemon, StartDaemon
+from tests.conftest import RunningDaemon, StartDaemon, empty_pool
 
 HELLO = [{"role": "user", "content": "Hello"}]
 TOOLS = [
@@ -91,7 +91,7 @@ def test_it_is_an_openapi_document() -> None:
 def test_every_route_of_the_daemon_is_documented_and_no_other() -> None:
     served = {
         (route.method.lower(), re.sub(r":[^}]*}", "}", route.resource.canonical))
-        for route in Daemon(DaemonOptions()).application().router.routes()
+        for route in Daemon(DaemonOptions(), empty_pool()).application().router.routes()
         if route.method != "HEAD" and route.resource is not None
     }
     assert served == {(route.method, route.path) for route in ROUTES}
@@ -190,7 +190,7 @@ def test_refusals_are_as_documented(daemon: RunningDaemon) -> None:
 async def test_a_daemon_that_loads_answers_as_documented() -> None:
     from aiohttp.test_utils import TestClient, TestServer
 
-    async with TestClient(TestServer(Daemon(DaemonOptions()).application())) as client:
+    async with TestClient(TestServer(Daemon(DaemonOptions(), empty_pool()).application())) as client:
         for path in ("/health", "/status", "/v1/models"):
             answer = await client.get(path)
             check(await answer.json(), answer_schema("get", path, answer.status)["schema"])

@@ -24,6 +24,7 @@ from lichen.runtime.http.daemon import Daemon, DaemonOptions
 from lichen.runtime.http.keys import KeyStore
 from lichen.runtime.http.tls import server_context
 from lichen.runtime.served_model import ServedModel
+from tests.conftest import daemon_over, empty_pool
 from tests.runtime.http.hostile import SECRET_PATH, address, drip, misbehaving, stall
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -52,9 +53,9 @@ async def test_every_route_but_health_needs_a_key(tmp_path: Path, by: str) -> No
                 {"Authorization": f"Basic {secret}"},
                 {"Authorization": "Bearer"},
                 {"x-api-key": secret[:-1]},
-                {"x-api-key": "\u00fc".encode()},
+                {"x-api-key": "\u00fc"},
             ):
-                answer = await client.get(path, headers=headers)
+                answer = await client.get(path, headers=httpx.Headers(headers, encoding="utf-8"))
                 assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
                 assert secret not in answer.text
             for headers in ({"Authorization": f"bearer {secret}"}, {"X-API-Key": secret}):
@@ -99,20 +100,20 @@ async def test_a_damaged_key_file_locks_and_tells_nobody_where_it_is(tmp_path: P
         assert str(tmp_path) not in answer.text
         assert (await client.get("/version", headers={"x-api-key": "also"})).status_code == 200
     with pytest.raises(ConfigError, match="damaged"):
-        Daemon(DaemonOptions(keys_file=path))
+        Daemon(DaemonOptions(keys_file=path), empty_pool())
 
 
 def test_beyond_loopback_needs_a_key(tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
     for host in ("0.0.0.0", "::", "192.168.1.2", "example.org"):
         with pytest.raises(ConfigError, match="no API key is set"):
-            Daemon(DaemonOptions(host=host, keys_file=path))
+            Daemon(DaemonOptions(host=host, keys_file=path), empty_pool())
     for host in ("127.0.0.1", "::1", "localhost", "127.8.8.8"):
-        Daemon(DaemonOptions(host=host, keys_file=path))
-    Daemon(DaemonOptions(host="0.0.0.0", api_key="s3cret"))
-    Daemon(DaemonOptions(host="0.0.0.0", insecure_bind=True))
+        Daemon(DaemonOptions(host=host, keys_file=path), empty_pool())
+    Daemon(DaemonOptions(host="0.0.0.0", api_key="s3cret"), empty_pool())
+    Daemon(DaemonOptions(host="0.0.0.0", insecure_bind=True), empty_pool())
     KeyStore(path).create("phone")
-    Daemon(DaemonOptions(host="0.0.0.0", keys_file=path))
+    Daemon(DaemonOptions(host="0.0.0.0", keys_file=path), empty_pool())
 
 
 # Web pages
@@ -257,9 +258,8 @@ async def test_a_request_that_takes_too_long_is_a_504_and_cancelled() -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_late_answer_frees_its_slot(served: ServedModel, stream: bool) -> None:
-    daemon = Daemon(DaemonOptions(request_timeout=0.5))
-    daemon.model, daemon.state = served, "ok"
+async def test_a_late_answer_frees_its_slot(served: ServedModel, tmp_path: Path, stream: bool) -> None:
+    daemon = daemon_over(served, tmp_path, request_timeout=0.5)
     before = served.engine.counters()
     body = {"prompt": "Count: 1, 2, 3,", "max_tokens": 1900, "temperature": 0, "stream": stream}
     async with TestClient(TestServer(daemon.application())) as client:
