@@ -23,18 +23,13 @@ from typing import Literal
 import msgspec
 
 from lichen.errors import ContextOverflow, EngineError, LichenError, QueueFull, Unavailable
+from lichen.runtime.counters import Counters
 from lichen.runtime.drawing import Drawing
 from lichen.runtime.generation import post
 from lichen.runtime.metrics import EngineObserver
 from lichen.runtime.native import DECODE_NO_KV_SLOT, DECODE_OK, Context, Model
 from lichen.runtime.scheduler import Budget, Chunk, Scheduler
-from lichen.runtime.sequence import (
-    Failed,
-    Finished,
-    FinishReason,
-    Prefill,
-    Sequence,
-)
+from lichen.runtime.sequence import Failed, Finished, FinishReason, Prefill, Sequence
 from lichen.runtime.slots import SlotPool
 from lichen.runtime.spill import SpillStore
 from lichen.runtime.warmth import Warmth
@@ -45,31 +40,6 @@ log = logging.getLogger("lichen.engine")
 PREFILL_SHARE = 64
 
 State = Literal["running", "draining", "failed", "closed"]
-
-
-class Counters(msgspec.Struct):
-    """What the engine has done since it started, and what it holds now (tokens, sequences, steps).
-
-    ttft_s: seconds from submission to the first token, summed over `first_tokens` answers.
-    """
-
-    requests: int = 0
-    completed: int = 0
-    cancelled: int = 0
-    failed: int = 0
-    rejected: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    restored_tokens: int = 0
-    spilled_tokens: int = 0
-    completion_tokens: int = 0
-    first_tokens: int = 0
-    ttft_s: float = 0.0
-    steps: int = 0
-    waiting: int = 0
-    running: int = 0
-    free_slots: int = 0
-    cells_used: int = 0
 
 
 class Engine:

@@ -13,167 +13,16 @@ from __future__ import annotations
 import functools
 import inspect
 from http import HTTPStatus
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
 import lichen
 from lichen import errors
-from lichen.runtime.http import responses, schema
+from lichen.runtime.http import ollama_responses, responses, schema
+from lichen.runtime.http.route_table import BODY, EVERY, ROUTES, Route
 
 Schema = dict[str, Any]
-
-_EVERY = (400, 401, 403, 429, 500, 503)  # what the guard answers for any route, or a defect of ours
-_BODY = (408, 413, 415)
-_ANSWER = (404, 422, 504, 507)  # no such model, it is broken, takes too long, or does not fit
-
-
-class Route(msgspec.Struct, frozen=True, kw_only=True):
-    """One operation.
-
-    body, answer: structs, or for an answer that is no JSON its media type. event: what a stream's events
-    hold; parameters: of the path, name -> meaning; errors: statuses besides those of every route.
-    """
-
-    method: Literal["get", "post"]
-    path: str
-    id: str
-    summary: str
-    tag: str
-    answer: type[msgspec.Struct] | str
-    body: type[msgspec.Struct] | None = None
-    event: type[msgspec.Struct] | None = None
-    parameters: dict[str, str] = {}
-    errors: tuple[int, ...] = ()
-    open: bool = False  # needs no API key
-    also: dict[int, str] = {}  # further statuses with the same answer
-
-
-ROUTES = (
-    Route(
-        method="post",
-        path="/v1/chat/completions",
-        id="createChatCompletion",
-        summary="Answer a conversation",
-        tag="OpenAI",
-        body=schema.ChatBody,
-        answer=responses.ChatCompletion,
-        event=responses.ChatCompletionChunk,
-        errors=_ANSWER,
-    ),
-    Route(
-        method="post",
-        path="/v1/completions",
-        id="createCompletion",
-        summary="Continue a text",
-        tag="OpenAI",
-        body=schema.CompletionBody,
-        answer=responses.Completion,
-        event=responses.CompletionChunk,
-        errors=_ANSWER,
-    ),
-    Route(
-        method="post",
-        path="/v1/embeddings",
-        id="createEmbedding",
-        summary="A vector for each input",
-        tag="OpenAI",
-        body=schema.EmbeddingsBody,
-        answer=responses.EmbeddingList,
-        errors=_ANSWER,
-    ),
-    Route(
-        method="post",
-        path="/tokenize",
-        id="tokenize",
-        summary="A text's token ids",
-        tag="llama-server",
-        body=schema.TokenizeBody,
-        answer=responses.TokenList,
-        errors=_ANSWER,
-    ),
-    Route(
-        method="post",
-        path="/detokenize",
-        id="detokenize",
-        summary="The text of token ids",
-        tag="llama-server",
-        body=schema.DetokenizeBody,
-        answer=responses.TokenText,
-        errors=_ANSWER,
-    ),
-    Route(
-        method="post",
-        path="/apply-template",
-        id="applyTemplate",
-        summary="The prompt text of a conversation",
-        tag="llama-server",
-        body=schema.TemplateBody,
-        answer=responses.PromptText,
-        errors=_ANSWER,
-    ),
-    Route(
-        method="get",
-        path="/v1/models",
-        id="listModels",
-        summary="The models that can answer now",
-        tag="OpenAI",
-        answer=responses.ModelList,
-    ),
-    Route(
-        method="get",
-        path="/v1/models/{name}",
-        id="retrieveModel",
-        summary="One model",
-        tag="OpenAI",
-        answer=responses.ModelCard,
-        parameters={"name": "Name of the model; it may contain slashes."},
-        errors=(404,),
-    ),
-    Route(
-        method="get",
-        path="/health",
-        id="health",
-        summary="Whether requests are answered",
-        tag="lichen",
-        answer=responses.Health,
-        open=True,
-        also={503: "Requests are not answered now."},
-    ),
-    Route(
-        method="get",
-        path="/version",
-        id="version",
-        summary="Versions of lichen and of the llama.cpp bindings",
-        tag="lichen",
-        answer=responses.Version,
-        open=True,
-    ),
-    Route(
-        method="get",
-        path="/status",
-        id="status",
-        summary="What runs now: model, slots, queue, counters, memory",
-        tag="lichen",
-        answer=responses.Status,
-    ),
-    Route(
-        method="get",
-        path="/metrics",
-        id="metrics",
-        summary="What lichen counts, for Prometheus",
-        tag="lichen",
-        answer="text/plain",
-    ),
-    Route(
-        method="get",
-        path="/openapi.json",
-        id="openapi",
-        summary="This document",
-        tag="lichen",
-        answer="application/json",
-    ),
-)
 
 # Ranges that the engine checks; `SamplingOptions.check` raises for everything outside them.
 LIMITS: dict[str, tuple[float, float]] = {
@@ -214,7 +63,11 @@ def _document() -> Schema:
         "paths": _paths(),
         "components": {
             "schemas": _components(),
-            "responses": {str(status): _error_response(status) for status in _all_statuses()},
+            "responses": {
+                _name(route, status): _error_response(route, status)
+                for route in ROUTES
+                for status in _statuses(route)
+            },
             "securitySchemes": {
                 "key": {
                     "type": "http",
@@ -242,7 +95,10 @@ def _operation(route: Route) -> Schema:
         "tags": [route.tag],
         "responses": {
             "200": answer,
-            **{str(status): {"$ref": f"#/components/responses/{status}"} for status in _statuses(route)},
+            **{
+                str(status): {"$ref": f"#/components/responses/{_name(route, status)}"}
+                for status in _statuses(route)
+            },
             **{str(status): {**answer, "description": text} for status, text in route.also.items()},
         },
     }
@@ -270,6 +126,8 @@ def _content(route: Route) -> Schema:
         kind = "object" if route.answer == "application/json" else "string"
         return {route.answer: {"schema": {"type": kind}}}
     content: Schema = {"application/json": {"schema": _reference(route.answer)}}
+    if route.lines:
+        content["application/x-ndjson"] = {"schema": _reference(route.answer)}
     if route.event is not None:
         content["text/event-stream"] = {"schema": _event(route.event)}
     return content
@@ -299,25 +157,27 @@ def _event(kind: type[msgspec.Struct]) -> Schema:
 
 def _statuses(route: Route) -> list[int]:
     """Statuses of the errors that this route may answer with."""
-    every = {status for status in _EVERY if not (route.open and status in (401, 429))}
-    body = _BODY if route.body is not None else ()
+    every = {status for status in EVERY if not (route.open and status in (401, 429))}
+    body = BODY if route.body is not None else ()
     return sorted({*every, *body, *route.errors} - set(route.also))
 
 
-def _all_statuses() -> list[int]:
-    return sorted({status for route in ROUTES for status in _statuses(route)})
+def _name(route: Route, status: int) -> str:
+    """Of an error's response; Ollama's routes have their own."""
+    return f"ollama-{status}" if route.tag == "Ollama" else str(status)
 
 
-def _error_response(status: int) -> Schema:
-    kinds = [
-        kind
-        for kind in vars(errors).values()
-        if inspect.isclass(kind) and issubclass(kind, errors.LichenError) and kind.status == status
+def _error_response(route: Route, status: int) -> Schema:
+    kind = ollama_responses.ErrorText if route.tag == "Ollama" else responses.Error
+    causes = [
+        cause
+        for cause in vars(errors).values()
+        if inspect.isclass(cause) and issubclass(cause, errors.LichenError) and cause.status == status
     ]
-    codes = ", ".join(f"`{kind.code}`" for kind in kinds)
+    codes = ", ".join(f"`{cause.code}`" for cause in causes)
     response: Schema = {
         "description": HTTPStatus(status).phrase + (f"; codes: {codes}." if codes else "."),
-        "content": {"application/json": {"schema": _reference(responses.Error)}},
+        "content": {"application/json": {"schema": _reference(kind)}},
     }
     if status == 429:
         response["headers"] = {
@@ -330,7 +190,7 @@ def _components() -> Schema:
     """Schemas of all structs, by name."""
     bodies = [route.body for route in ROUTES if route.body is not None]
     answers = [kind for route in ROUTES for kind in (route.answer, route.event) if isinstance(kind, type)]
-    kinds = dict.fromkeys([*bodies, *answers, responses.Error])
+    kinds = dict.fromkeys([*bodies, *answers, responses.Error, ollama_responses.ErrorText])
     _, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
     for name in {kind.__name__ for kind in bodies}:
         _as_accepted(components[name])

@@ -10,8 +10,7 @@ from typing import Literal
 
 from msgspec import UNSET, Struct, UnsetType
 
-from lichen.runtime.engine import Counters
-from lichen.runtime.served_model import ModelInfo
+from lichen.runtime.resident import ModelStatus
 
 
 class ErrorBody(Struct, kw_only=True):
@@ -226,9 +225,11 @@ class ModelCard(Struct, kw_only=True):
     object: Literal["model"]
     created: int
     owned_by: str
-    context_length: int
     architecture: str
     sha256: str
+    size: int
+    loaded: bool
+    context_length: int | UnsetType = UNSET
     capabilities: list[str]
 
 
@@ -304,26 +305,26 @@ class Version(Struct):
 class SlotsStatus(Struct):
     """Answers that can be computed at the same time, and that are."""
 
-    total: int
-    busy: int
+    total: int | UnsetType = UNSET
+    busy: int | UnsetType = UNSET
 
 
 class QueueStatus(Struct):
     """Requests that wait for a slot, and how many may."""
 
-    waiting: int
-    limit: int
+    waiting: int | UnsetType = UNSET
+    limit: int | UnsetType = UNSET
 
 
 class KVStatus(Struct):
     """Tokens in the KV cache, and how many it can hold."""
 
-    cells_used: int
-    cells_total: int
+    cells_used: int | UnsetType = UNSET
+    cells_total: int | UnsetType = UNSET
 
 
 class Status(Struct, kw_only=True):
-    """What runs now. The parts about a model are missing while none is loaded."""
+    """What runs now; slots, queue, kv and counters are sums over the models that are loaded."""
 
     version: str
     pid: int
@@ -331,8 +332,25 @@ class Status(Struct, kw_only=True):
     state: Literal["loading", "ok", "draining", "failed"]
     rss_bytes: int
     tasks: int
-    models: list[ModelInfo]
+    available_bytes: int
+    models: list[ModelStatus]
     slots: SlotsStatus | UnsetType = UNSET
     queue: QueueStatus | UnsetType = UNSET
     kv: KVStatus | UnsetType = UNSET
-    counters: Counters | UnsetType = UNSET
+    counters: dict[str, float] | UnsetType = UNSET
+
+
+class ModelState(Struct, kw_only=True):
+    """Answer of `POST /models/load`; with `stream` a line, before which others tell the progress, 0 to 1."""
+
+    status: str
+    model: ModelStatus | UnsetType = UNSET
+    progress: float | UnsetType = UNSET
+
+
+class Unloaded(Struct, kw_only=True):
+    """Answer of `POST /models/unload`."""
+
+    status: Literal["unloaded"]
+    model: str
+    freed_bytes: int

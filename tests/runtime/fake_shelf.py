@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from lichen.errors import EngineError, LichenError, NotFound, OutOfMemory
-from lichen.runtime.engine import Counters
+from lichen.runtime.counters import Counters
 from lichen.runtime.memory import Fitted, MemoryEstimate
 from lichen.runtime.pool import ModelPool, PoolOptions
 from lichen.runtime.resident import Candidate

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from lichen.runtime.engine import Counters
+from lichen.runtime.counters import Counters
 from lichen.runtime.metrics import METRICS, EngineMetrics, Histogram, ProcessFacts, ProcessMetrics, render
 from lichen.runtime.sequence import SamplingOptions
 from lichen.runtime.served_model import ServedModel

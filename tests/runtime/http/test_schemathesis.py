@@ -26,7 +26,8 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from lichen.runtime.http.openapi import ROUTES, document
+from lichen.runtime.http.openapi import document
+from lichen.runtime.http.route_table import ROUTES
 from tests.conftest import RunningDaemon, StartDaemon
 
 CHECKS: list[Any] = [
