@@ -53,8 +53,8 @@ def tool_grammar(
     if otherwise is not None:
         return f"answer: {calls} | {_json(otherwise, lenient=False)}\n{''.join(rules)}"
     opening = "opening" if marker_is_token else "opening[lazy]"
-    times = "*" if parallel else "?"
-    return f"answer: (opening call){times} TEXT\n{opening}: TEXT {marker}\nTEXT: /(.|\\n)*/\n{''.join(rules)}"
+    start = "(opening call)* TEXT" if parallel else "opening call | TEXT"
+    return f"answer: {start}\n{opening}: TEXT {marker}\nTEXT: /(.|\\n)*/\n{''.join(rules)}"
 
 
 def whole_grammar(
