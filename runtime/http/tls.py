@@ -49,6 +49,7 @@ def _check_readable(setting: str, path: Path) -> None:
 def _explained(error: ssl.SSLError, certificate: Path, key: Path) -> str:
     if error.reason in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"):
         return f"The key {key} does not belong to the certificate {certificate}."
-    if error.reason in ("BAD_DECRYPT", "BAD_PASSWORD_READ", "MAYBE_WRONG_PASSWORD"):
+    # One wrong password in 256 decrypts to something, so the reason alone does not tell.
+    if error.reason in ("BAD_DECRYPT", "BAD_PASSWORD_READ") or b"ENCRYPTED" in key.read_bytes():
         return f"The key {key} is encrypted; lichen needs one without a password."
     return f"{certificate} and {key} are not a certificate and a key in PEM form ({error.reason or error})."

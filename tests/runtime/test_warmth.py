@@ -28,7 +28,7 @@ SYSTEM = [n % 90 for n in range(40)]
 @pytest.fixture(autouse=True)
 def counting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few tokens count as many, and a moment as a while."""
-    monkeypatch.setattr("lichen.runtime.engine.Sampler", CountingSampler)
+    monkeypatch.setattr("lichen.runtime.drawing.Sampler", CountingSampler)
     monkeypatch.setattr(warmth, "MIN_RESTORE", 8)
     monkeypatch.setattr(warmth, "MIN_SPILL", 16)
     monkeypatch.setattr(warmth, "IDLE_S", 0.01)
