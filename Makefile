@@ -2,7 +2,7 @@
 PYTHON := .venv/bin/python
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: help demo install test test-slow check format docs bench clean
+.PHONY: help demo install test test-slow check format docs bench soak clean
 
 help:
 	@echo "make demo       install, fetch the default model, and stream one answer"
@@ -11,6 +11,7 @@ help:
 	@echo "make check      lint, types, imports, size limits, generated docs"
 	@echo "make docs       write the generated reference pages"
 	@echo "make bench      lichen beside its peers on this machine"
+	@echo "make soak       an hour of mixed load: what grows, what is left behind"
 	@echo "make format     format the code"
 	@echo "make clean      remove everything that was made here"
 
@@ -39,6 +40,9 @@ check: install
 
 docs: install
 	$(PYTHON) docs/generate.py
+
+soak: install
+	$(PYTHON) -m bench.soak
 
 bench: install
 	$(PYTHON) -m bench.serving

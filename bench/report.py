@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from bench.peer import ROOT, BenchError
-from bench.table import import_rows, markdown, prefix_rows, raw_rows, serving_rows, startup_rows
+from bench.table import (
+    import_rows,
+    markdown,
+    prefix_rows,
+    raw_rows,
+    serving_rows,
+    soak_rows,
+    startup_rows,
+    structured_rows,
+)
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 FOREIGN_CORES_LIMIT = 0.1  # more than that, and other processes disturbed a run
@@ -74,7 +83,7 @@ def load(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise BenchError(f"{path} cannot be read as a result: {error}") from error
     if not isinstance(record, dict) or record.get("kind") not in _BODIES:
-        raise BenchError(f"{path} is not a result of serving, raw_loop or startup.")
+        raise BenchError(f"{path} is not a result of {', '.join(_BODIES)}.")
     return record
 
 
@@ -148,7 +157,33 @@ def _startup_body(record: dict[str, Any]) -> list[str]:
     return body
 
 
-_BODIES = {"serving": _serving_body, "raw_loop": _raw_body, "startup": _startup_body}
+def _structured_body(record: dict[str, Any]) -> list[str]:
+    validity = record["validity"]
+    return [
+        f"{validity['valid']} of {validity['requests']} answers over twenty schemas, drawn at temperature 0.8, ended by "
+        f"themselves and validate; {validity['cut_by_length']} were cut by their length.",
+        f"Rates are the daemon's own, of tokens 2..{record['settings']['tokens']} of each answer:",
+        markdown(structured_rows(record), left=1),
+    ]
+
+
+def _soak_body(record: dict[str, Any]) -> list[str]:
+    counts = ", ".join(f"{count:,} {kind}" for kind, count in record["requests"].items())
+    left = ", ".join(f"{count} {name}" for name, count in record["left_behind"].items())
+    return [
+        f"{record['settings']['minutes']:g} minutes of mixed load from {record['settings']['clients']} clients: {counts}. "
+        f"Left behind at the end: {left}.",
+        markdown(soak_rows(record), left=1),
+    ]
+
+
+_BODIES = {
+    "serving": _serving_body,
+    "raw_loop": _raw_body,
+    "startup": _startup_body,
+    "structured": _structured_body,
+    "soak": _soak_body,
+}
 
 
 def instruction_sets(system_info: str) -> set[str]:

@@ -85,13 +85,17 @@ class _Recorder(asyncio.Protocol):
 
 def request_bytes(port: int, path: str, body: Mapping[str, Any] | None = None) -> bytes:
     """A whole HTTP request: POST of JSON, or GET without a body."""
-    content = b"" if body is None else json.dumps(body).encode()
-    method = "GET" if body is None else "POST"
+    return raw_request_bytes(port, path, None if body is None else json.dumps(body).encode())
+
+
+def raw_request_bytes(port: int, path: str, content: bytes | None) -> bytes:
+    """The same with a body that need not be JSON."""
+    method = "GET" if content is None else "POST"
     head = (
         f"{method} {path} HTTP/1.1\r\nHost: {HOST}:{port}\r\nConnection: close\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(content or b'')}\r\n\r\n"
     )
-    return head.encode() + content
+    return head.encode() + (content or b"")
 
 
 async def exchange(port: int, request: bytes, *, timeout: float) -> Exchange:

@@ -88,6 +88,40 @@ def raw_rows(record: dict[str, Any]) -> Rows:
     return rows
 
 
+def structured_rows(record: dict[str, Any]) -> Rows:
+    """Header and a row for each number of clients: rates of answers under a schema and without one."""
+    rows: Rows = [["clients", "constrained tokens/s", "plain tokens/s", "constrained ÷ plain", "range"]]
+    for clients, sides in record["summary"].items():
+        ratio = record["ratios"][clients] or {}
+        spread = f"{ratio['low']:.3f}..{ratio['high']:.3f}" if ratio else "–"
+        rows.append(
+            [
+                clients,
+                number(sides["constrained"]),
+                number(sides["plain"]),
+                number(ratio.get("median"), 3),
+                spread,
+            ]
+        )
+    return rows
+
+
+def soak_rows(record: dict[str, Any]) -> Rows:
+    """Header and a row for each thing that must not grow: its first and last quarter, and the change."""
+    rows: Rows = [["what", "first quarter", "last quarter", "change"]]
+    for title, values in record["drift"].items():
+        change = values["change"]
+        rows.append(
+            [
+                title,
+                number(values["first"]),
+                number(values["last"]),
+                number(None if change is None else change * 100, 1, " %"),
+            ]
+        )
+    return rows
+
+
 def startup_rows(record: dict[str, Any]) -> Rows:
     """Header and a row for each server: seconds to ready and to the first token."""
     rows: Rows = [["server", "runs", "ready s", "first token s"]]

@@ -10,8 +10,8 @@ import jsonschema
 import openai
 import pytest
 
+from bench.schemas import SCHEMAS
 from tests.conftest import RunningDaemon
-from tests.runtime.http.schemas import SCHEMAS
 
 WEATHER: dict[str, Any] = {
     "type": "function",

@@ -5,20 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 _SHORT = {"type": "string", "maxLength": 20}
-_TREE: dict[str, Any] = {
-    "$defs": {
-        "node": {
-            "type": "object",
-            "properties": {
-                "name": {"type": "string", "maxLength": 8},
-                "children": {"type": "array", "items": {"$ref": "#/$defs/node"}, "maxItems": 2},
-            },
-            "required": ["name"],
-            "additionalProperties": False,
-        },
-    },
-    "$ref": "#/$defs/node",
-}
 
 
 def _object(**properties: Any) -> dict[str, Any]:
@@ -29,6 +15,21 @@ def _object(**properties: Any) -> dict[str, Any]:
         "additionalProperties": False,
     }
 
+
+def _node(children: str | None) -> dict[str, Any]:
+    name = {"name": {"type": "string", "maxLength": 8}}
+    if children is None:
+        return _object(**name)
+    below = {"type": "array", "items": {"$ref": f"#/$defs/{children}"}, "maxItems": 2}
+    return {**_object(**name, children=below), "required": ["name"]}
+
+
+# The default model repeated itself and never closed one of ten of these: not among the twenty.
+RECURSIVE: dict[str, Any] = {"$defs": {"node": _node("node")}, "$ref": "#/$defs/node"}
+_TREE: dict[str, Any] = {
+    "$defs": {"node": _node("branch"), "branch": _node("leaf"), "leaf": _node(None)},
+    "$ref": "#/$defs/node",
+}
 
 SCHEMAS: dict[str, dict[str, Any]] = {
     "person": _object(name=_SHORT, age={"type": "integer", "minimum": 0, "maximum": 120}),

@@ -1,0 +1,304 @@
+"""The crossing matrix: features of a request together, each combination beside the plain path.
+
+The plain path is the same question greedy, alone, not streamed and from an empty cache. The combination must
+give the same answer: to the bit where it is deterministic, else up to a near-tie of the two best tokens. A
+cancelled combination must leave nothing behind, and what it sent must have been right up to there.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import jsonschema
+import pytest
+
+from lichen.runtime.tools.hermes import FORMAT
+from tests.conformance.covering import Combination, covering
+from tests.conformance.crossing import (
+    ANSWER,
+    AXES,
+    MAX_TOKENS,
+    SHARED_TOKENS,
+    TOOLS,
+    body,
+    messages,
+    offered,
+    plain_body,
+)
+from tests.conformance.outcome import NEAR_TIE, LogprobOf, Outcome, Row, lead_where_they_part, streamed, whole
+from tests.conftest import RunningDaemon
+
+MATRIX = covering({name: list(axis.values) for name, axis in AXES.items()}, strength=3)
+SCHEMAS = {tool["function"]["name"]: tool["function"]["parameters"] for tool in TOOLS}
+COUNTING = {"prompt": "Count: 1, 2, 3, 4,", "temperature": 0, "max_tokens": 500, "stream": True}
+FAST = 60  # so many combinations run with the fast tests
+LATE_EVENTS = 8  # a late cancellation comes after so many events of a stream
+LATE_S = 0.2  # or after so long
+
+
+def test_the_matrix_is_large_enough() -> None:
+    assert len(MATRIX) >= FAST
+
+
+@pytest.fixture(scope="module")
+def client(daemon: RunningDaemon) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=daemon.base_url, timeout=60) as client:
+        yield client
+
+
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(number, marks=pytest.mark.slow if number >= FAST else ()) for number in range(len(MATRIX))],
+)
+def test_a_combination_equals_the_plain_path(
+    daemon: RunningDaemon, client: httpx.Client, number: int
+) -> None:
+    combination = MATRIX[number]
+    print(combination)
+    if combination["prefix"] == "shared":
+        warm = body(number, combination) | {"max_tokens": 1, "stream": False, "stream_options": None, "n": 1}
+        ask(
+            client,
+            warm | {"messages": [messages(number, combination)[0], {"role": "user", "content": "Hello!"}]},
+        )
+    before = daemon.wait_idle()
+    with neighbour(daemon, combination["neighbour"], number):
+        outcomes, usage = run(daemon, client, number, combination)
+    after = daemon.wait_idle()
+    assert after["free_slots"] == before["free_slots"] == 8
+    ended = sum(after[name] - before[name] for name in ("completed", "cancelled", "failed"))
+    assert ended == after["requests"] - before["requests"]
+    assert after["failed"] == before["failed"]
+    plain = ask(client, plain_body(number, combination))
+    (expected,) = map(whole, plain["choices"])
+    for outcome in outcomes:
+        if combination["cancel"] == "no":
+            check(client, number, combination, outcome, expected)
+        else:
+            check_beginning(client, number, combination, outcome, expected)
+    if usage is not None:
+        check_usage(combination, usage, plain["usage"])
+    if combination["cancel"] != "no":
+        again = plain_body(number, combination) | {"deterministic": False}
+        check(
+            client,
+            number,
+            combination | {"deterministic": "no"},
+            whole(ask(client, again)["choices"][0]),
+            expected,
+        )
+
+
+def run(
+    daemon: RunningDaemon, client: httpx.Client, number: int, combination: Combination
+) -> tuple[list[Outcome], dict[str, Any] | None]:
+    """Ask as the combination says; the choices as far as they came, and the usage."""
+    asked = body(number, combination)
+    count = int(combination["n"])
+    if combination["cancel"] != "no":
+        return cut(daemon, asked, late=combination["cancel"] == "late"), None
+    if combination["stream"] == "no":
+        answer = ask(client, asked)
+        assert [choice["index"] for choice in answer["choices"]] == list(range(count))
+        return [whole(choice) for choice in answer["choices"]], answer["usage"]
+    with client.stream("POST", "/chat/completions", json=asked) as response:
+        assert response.status_code == 200, response.read()
+        outcomes, usage = streamed(response.iter_lines(), count)
+    assert usage is not None
+    return outcomes, usage
+
+
+def ask(client: httpx.Client, asked: dict[str, Any]) -> Any:
+    response = client.post("/chat/completions", json=asked)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def cut(daemon: RunningDaemon, asked: dict[str, Any], *, late: bool) -> list[Outcome]:
+    """Ask, and break the connection off; what came before of a stream."""
+    connection = http.client.HTTPConnection(daemon.url.removeprefix("http://"), timeout=30)
+    lines: list[str] = []
+    try:
+        connection.request(
+            "POST", "/v1/chat/completions", json.dumps(asked), {"Content-Type": "application/json"}
+        )
+        if late and asked.get("stream"):
+            response = connection.getresponse()
+            while len(lines) < LATE_EVENTS and (line := response.readline()):
+                lines += [line.decode().rstrip()] if line.startswith(b"data: {") else []
+        else:
+            time.sleep(LATE_S if late else 0.01)
+    finally:
+        connection.close()
+    return streamed(lines, asked.get("n", 1))[0]
+
+
+@contextmanager
+def neighbour(daemon: RunningDaemon, kind: str, number: int) -> Iterator[None]:
+    """Another client's request that is being answered meanwhile; it must not notice us either."""
+    if kind == "none":
+        yield
+    elif kind == "stream":
+        with httpx.stream("POST", f"{daemon.base_url}/completions", json=COUNTING, timeout=60) as response:
+            lines = response.iter_lines()
+            texts = [_text(next(lines))]
+            yield
+            texts += [_text(line) for _, line in zip(range(12), lines, strict=False)]
+        assert " 5, 6, 7,".startswith("".join(texts)[:9])
+    else:
+        prompt = {"prompt": f"{number} " + "moss " * 40, "max_tokens": 1}
+        codes: list[int] = []
+        url = f"{daemon.base_url}/completions"
+        other = threading.Thread(
+            target=lambda: codes.append(httpx.post(url, json=prompt, timeout=60).status_code)
+        )
+        other.start()
+        yield
+        other.join()
+        assert codes == [200]
+
+
+def _text(line: str) -> str:
+    if not line.startswith("data: {"):
+        return ""
+    return "".join(choice["text"] for choice in json.loads(line[6:])["choices"])
+
+
+def check(
+    client: httpx.Client, number: int, combination: Combination, outcome: Outcome, expected: Outcome
+) -> None:
+    """The outcome is the expected one, or left it at a near-tie; and it is well formed either way."""
+    same = (outcome.content, outcome.calls, outcome.finish) == (
+        expected.content,
+        expected.calls,
+        expected.finish,
+    )
+    if combination["deterministic"] == "yes":
+        assert same, f"{outcome}\nis not\n{expected}"
+        for ours, plain in zip(outcome.rows, expected.rows, strict=bool(outcome.rows)):
+            assert (ours["bytes"], ours["logprob"]) == (plain["bytes"], plain["logprob"])
+    elif not same:
+        without_stop = plain_body(number, combination) | {"stop": None}
+        rows = whole(ask(client, without_stop)["choices"][0]).rows
+        lead = lead_where_they_part(
+            rows, may_have_written(combination, outcome), asker(client, number, combination)
+        )
+        print(f"leaves the plain path: lead {lead:.3f}\n{outcome.raw()!r}\n{expected.raw()!r}")
+        assert lead < NEAR_TIE
+    check_logprobs(combination, outcome)
+    check_form(client, number, combination, outcome, same=same)
+
+
+def stops(combination: Combination) -> tuple[str, ...]:
+    """The stop strings of a combination."""
+    given = AXES["stop"].values[combination["stop"]].get("stop", ())
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
+def may_have_written(combination: Combination, outcome: Outcome) -> list[str]:
+    """The outcome's text, also with each stop string that may have ended it."""
+    return [
+        outcome.raw(),
+        *(outcome.raw() + stop for stop in stops(combination) if outcome.finish != "length"),
+    ]
+
+
+def check_logprobs(combination: Combination, outcome: Outcome) -> None:
+    """As many as were asked for, for every token of what was said."""
+    wanted = combination["logprobs"]
+    if combination["cancel"] == "no":
+        assert bool(outcome.rows) == (wanted != "none" and bool(outcome.content or outcome.calls))
+        assert all(len(row["top_logprobs"]) == int(wanted) for row in outcome.rows)
+    if outcome.rows and not outcome.calls:
+        assert (
+            b"".join(bytes(row["bytes"]) for row in outcome.rows)
+            .decode("utf-8", "ignore")
+            .startswith(outcome.content)
+        )
+
+
+def check_form(
+    client: httpx.Client, number: int, combination: Combination, outcome: Outcome, *, same: bool
+) -> None:
+    """Calls and JSON are valid once the answer is complete; a stop string may cut both."""
+    if combination["tools"] in ("required", "named") and outcome.content:
+        assert outcome.finish == "length" and outcome.content.startswith(FORMAT.marker), (
+            "only half a call is text"
+        )
+    if combination["tools"] == "named":
+        assert {name for name, _ in outcome.calls} <= {"weather"}
+    if outcome.finish == "length":
+        return
+    assert outcome.finish == ("tool_calls" if outcome.calls else "stop")
+    try:
+        for name, arguments in outcome.calls:
+            jsonschema.validate(json.loads(arguments), SCHEMAS[name])
+        if combination["schema"] != "none" and not outcome.calls:
+            schema = ANSWER if combination["schema"] == "json_schema" else {"type": "object"}
+            jsonschema.validate(json.loads(outcome.content), schema)
+    except (ValueError, jsonschema.ValidationError):
+        if combination["stop"] == "none":
+            raise
+        if same:  # then a stop string must follow where it was cut
+            uncut = whole(ask(client, plain_body(number, combination) | {"stop": None})["choices"][0]).raw()
+            rest = uncut.removeprefix(outcome.raw())
+            assert rest != uncut and rest.startswith(stops(combination))
+
+
+def check_beginning(
+    client: httpx.Client, number: int, combination: Combination, outcome: Outcome, expected: Outcome
+) -> None:
+    """What came before the connection broke is how the plain path begins, up to a near-tie."""
+    said = outcome.raw()
+    if not expected.raw().startswith(said):
+        lead = lead_where_they_part(expected.rows, [said], asker(client, number, combination))
+        assert lead < NEAR_TIE, f"lead {lead:.3f}\n{said!r}\n{expected.raw()!r}"
+
+
+def asker(client: httpx.Client, number: int, combination: Combination) -> LogprobOf:
+    """Asks the plain path for the log-probability of a token that it did not choose, by forcing it there."""
+    root = str(client.base_url).removesuffix("/v1/")
+
+    def tokens(text: str) -> list[int]:
+        found: list[int] = client.post(f"{root}/tokenize", json={"content": text}).json()["tokens"]
+        return found
+
+    def logprob_of(rows: Sequence[Row], rest: bytes) -> float:
+        spoken = {"messages": messages(number, combination), "tools": offered(combination)}
+        prompt = tokens(client.post(f"{root}/apply-template", json=spoken).json()["prompt"])
+        prompt += [token for row in rows for token in tokens(bytes(row["bytes"]).decode())]
+        text = rest.decode()
+        found = [float("-inf")]
+        for candidate in {one[0] for length in range(1, 16) if (one := tokens(text[:length]))[1:] == []}:
+            forced = {
+                "prompt": prompt,
+                "max_tokens": 1,
+                "temperature": 0,
+                "logprobs": 0,
+                "deterministic": True,
+            }
+            answer = client.post("/completions", json=forced | {"logit_bias": {str(candidate): 100}}).json()
+            found += answer["choices"][0]["logprobs"]["token_logprobs"]
+        return max(found)
+
+    return logprob_of
+
+
+def check_usage(combination: Combination, usage: dict[str, Any], plain: dict[str, Any]) -> None:
+    """The prompt has as many tokens as on the plain path, and comes from the cache only where it may."""
+    assert usage["prompt_tokens"] == plain["prompt_tokens"]
+    assert usage["completion_tokens"] <= int(combination["n"]) * MAX_TOKENS
+    cached = usage["prompt_tokens_details"]["cached_tokens"]
+    if combination["deterministic"] == "yes":
+        assert cached == 0
+    elif combination["prefix"] == "shared":
+        assert cached >= SHARED_TOKENS
+    else:
+        assert cached < SHARED_TOKENS
