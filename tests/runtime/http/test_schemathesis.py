@@ -129,8 +129,9 @@ def ask(target: RunningDaemon, method: str, path: str, mode: GenerationMode, exa
     @given(case=operation.as_strategy(generation_mode=mode))
     def requests(case: Any) -> None:
         nonlocal answered
-        if mode == GenerationMode.POSITIVE and isinstance(case.body, dict) and "messages" in case.body:
-            case.body["messages"] = case.body["messages"][:MESSAGES]
+        messages = case.body.get("messages") if isinstance(case.body, dict) else None
+        if mode == GenerationMode.POSITIVE and isinstance(messages, list):
+            case.body["messages"] = messages[:MESSAGES]
         response = case.call(base_url=target.url, timeout=HANG_S)
         case.validate_response(response, checks=CHECKS)
         answered += response.status_code == 200
