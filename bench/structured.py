@@ -204,7 +204,8 @@ def _rate_body(constrained: bool, run: int, client: int, tokens: int) -> dict[st
 
 
 def _median_rate(answers: Sequence[dict[str, Any]]) -> float:
-    return round(statistics.median(answer["timings"]["tokens_per_second"] for answer in answers), 3)
+    rates: list[float] = [answer["timings"]["tokens_per_second"] for answer in answers]
+    return round(statistics.median(rates), 3)
 
 
 def conclude(record: dict[str, Any]) -> None:
