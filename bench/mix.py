@@ -141,7 +141,9 @@ def fault(asked: Work, record: Exchange) -> str | None:
         response = parse_response(record.arrivals)
     except StreamError as error:
         return f"{asked.kind}: {error}"
-    if response.status != asked.status or not response.complete:
+    # A stream is not read beyond its last event, so its framing may be incomplete.
+    complete = response.complete or [event.data for event in response.events()][-1:] == [b"[DONE]"]
+    if response.status != asked.status or not complete:
         return f"{asked.kind}: HTTP {response.status}: {response.body[:200]!r}"
     if asked.schema is not None:
         choice = json.loads(response.body)["choices"][0]
