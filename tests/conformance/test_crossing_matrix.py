@@ -130,9 +130,9 @@ def cut(daemon: RunningDaemon, asked: dict[str, Any], *, late: bool) -> list[Out
             "POST", "/v1/chat/completions", json.dumps(asked), {"Content-Type": "application/json"}
         )
         if late and asked.get("stream"):
-            response = connection.getresponse()
-            while len(lines) < LATE_EVENTS and (line := response.readline()):
-                lines += [line.decode().rstrip()] if line.startswith(b"data: {") else []
+            with connection.getresponse() as response:  # which holds the socket too
+                while len(lines) < LATE_EVENTS and (line := response.readline()):
+                    lines += [line.decode().rstrip()] if line.startswith(b"data: {") else []
         else:
             time.sleep(LATE_S if late else 0.01)
     finally:
