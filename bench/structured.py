@@ -12,6 +12,7 @@ import json
 import statistics
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jsonschema
@@ -23,7 +24,7 @@ from bench.numbers import paired_ratio, rounded
 from bench.peer import BenchError, Settings
 from bench.schemas import SCHEMAS
 from bench.server import ProcessorWatch, Server, free_port, run_to_end, running
-from bench.stream import Exchange, StreamError, parse_response, request_bytes
+from bench.stream import Exchange, StreamError, exchange, parse_response, request_bytes
 from bench.table import aligned, structured_rows
 from lichen.devices.probe import probe
 from lichen.errors import LichenError
@@ -35,6 +36,12 @@ REQUEST_LIMIT_S = 300.0
 CLIENTS = (1, 8)
 # More than any answer of the measured length holds, so that the constrained side never ends by itself.
 WORDS = {"type": "array", "items": {"type": "string", "maxLength": 12}, "minItems": 400, "maxItems": 400}
+ENDS = (
+    "<|im_end|>",
+    "<|endoftext|>",
+    "</s>",
+    "<|eot_id|>",
+)  # kept from both sides, so that lengths are equal
 TOPICS = ("rivers", "bread", "winter", "machines", "friendship", "the sea", "gardens", "music")
 
 
@@ -153,12 +160,13 @@ def answer_of(record: Exchange) -> dict[str, Any]:
 
 
 async def _rates(server: Server, runs: int, tokens: int, entries: list[dict[str, Any]]) -> None:
-    await _side(server, True, 1, 0, 8)  # compiles the grammar and touches what both sides need
+    ends = await _end_tokens(server)
+    await _side(server, _Side(True, 1, 0, 8, ends))  # compiles the grammar and touches what both sides need
     for clients in CLIENTS:
         for run in range(runs):
             for constrained in (True, False) if run % 2 == 0 else (False, True):
                 with ProcessorWatch(server.process.pid) as processor:
-                    answers = await _side(server, constrained, clients, run, tokens)
+                    answers = await _side(server, _Side(constrained, clients, run, tokens, ends))
                 entry = {
                     "run": run,
                     "clients": clients,
@@ -175,32 +183,49 @@ async def _rates(server: Server, runs: int, tokens: int, entries: list[dict[str,
                 )
 
 
-async def _side(
-    server: Server, constrained: bool, clients: int, run: int, tokens: int
-) -> list[dict[str, Any]]:
-    """One answer a client, all at once."""
+async def _end_tokens(server: Server) -> tuple[int, ...]:
+    """Ids of the tokens that end an answer of this model, as far as their usual names go."""
     port = server.settings.port
-    requests = [
-        [request_bytes(port, ROUTE, _rate_body(constrained, run, own, tokens))] for own in range(clients)
-    ]
-    result = await closed_loop(port, requests, seed=run, timeout=REQUEST_LIMIT_S)
+    found = []
+    for text in ENDS:
+        request = request_bytes(port, "/tokenize", {"content": text})
+        tokens = answer_of(await exchange(port, request, timeout=REQUEST_LIMIT_S))["tokens"]
+        found += tokens if len(tokens) == 1 else []
+    return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """One answer for each of `clients`, all at once."""
+
+    constrained: bool
+    clients: int
+    run: int
+    tokens: int
+    ends: tuple[int, ...]
+
+    def body(self, client: int) -> dict[str, Any]:
+        """Both sides are asked the same; only one is bound."""
+        topic = TOPICS[client % len(TOPICS)]
+        question = f"Write a long list, number {self.run}, of words about {topic}, and explain each."
+        body: dict[str, Any] = {
+            "messages": [{"role": "user", "content": question}],
+            "temperature": TEMPERATURE,
+            "max_tokens": self.tokens,
+            "seed": 1000 * self.run + client,
+            "logit_bias": {str(token): -100 for token in self.ends},
+        }
+        if self.constrained:
+            wanted = {"name": "words", "schema": WORDS}
+            body["response_format"] = {"type": "json_schema", "json_schema": wanted}
+        return body
+
+
+async def _side(server: Server, side: _Side) -> list[dict[str, Any]]:
+    port = server.settings.port
+    requests = [[request_bytes(port, ROUTE, side.body(client))] for client in range(side.clients)]
+    result = await closed_loop(port, requests, seed=side.run, timeout=REQUEST_LIMIT_S)
     return [answer_of(record) for own in result.clients for record in own]
-
-
-def _rate_body(constrained: bool, run: int, client: int, tokens: int) -> dict[str, Any]:
-    """Both sides are asked the same; only one is bound."""
-    question = (
-        f"Write a long list, number {run}, of words about {TOPICS[client % len(TOPICS)]}, and explain each."
-    )
-    body: dict[str, Any] = {
-        "messages": [{"role": "user", "content": question}],
-        "temperature": TEMPERATURE,
-        "max_tokens": tokens,
-        "seed": 1000 * run + client,
-    }
-    if constrained:
-        body["response_format"] = {"type": "json_schema", "json_schema": {"name": "words", "schema": WORDS}}
-    return body
 
 
 def _median_rate(answers: Sequence[dict[str, Any]]) -> float:
