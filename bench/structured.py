@@ -186,7 +186,7 @@ async def _rates(server: Server, runs: int, tokens: int, entries: list[dict[str,
 async def _end_tokens(server: Server) -> tuple[int, ...]:
     """Ids of the tokens that end an answer of this model, as far as their usual names go."""
     port = server.settings.port
-    found = []
+    found: list[int] = []
     for text in ENDS:
         request = request_bytes(port, "/tokenize", {"content": text})
         tokens = answer_of(await exchange(port, request, timeout=REQUEST_LIMIT_S))["tokens"]
