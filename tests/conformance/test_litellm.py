@@ -44,6 +44,10 @@ WEATHER = {
 }
 
 
+# Not beside the fast tests: litellm leaves event loops unclosed, and a test that runs later would be blamed.
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(autouse=True)
 def only_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sockets reach loopback addresses only."""
