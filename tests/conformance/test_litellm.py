@@ -17,7 +17,8 @@ import pytest
 from tests.conftest import RunningDaemon
 
 # A foreign package's warnings are no faults of ours.
-pytestmark = pytest.mark.filterwarnings("ignore")
+# Not beside the fast tests: litellm leaves event loops unclosed, and a test that runs later would be blamed.
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 
 MESSAGES = [{"role": "user", "content": "What is the weather in Paris?"}]
 CITY: dict[str, Any] = {
@@ -42,10 +43,6 @@ WEATHER = {
         },
     },
 }
-
-
-# Not beside the fast tests: litellm leaves event loops unclosed, and a test that runs later would be blamed.
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
