@@ -21,7 +21,7 @@ from bench.certificate import certificate, close_certificate, model_file, save
 from bench.numbers import paired_ratio, rounded
 from bench.peer import ROOT, BenchError, Settings, environment
 from bench.server import ProcessorWatch, free_port, run_to_end, running
-from bench.stream import exchange, request_bytes
+from bench.stream import exchange_alone, request_bytes
 from bench.table import aligned, raw_rows
 from lichen.devices.probe import probe
 from lichen.errors import LichenError
@@ -137,7 +137,8 @@ async def _complete(port: int, text: str, limit: int) -> dict[str, Any]:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    record = await exchange(port, request_bytes(port, "/v1/completions", body), timeout=REQUEST_LIMIT_S)
+    request = request_bytes(port, "/v1/completions", body)
+    record = await asyncio.to_thread(exchange_alone, port, request, timeout=REQUEST_LIMIT_S)
     try:
         answer = read_answer(record)
     except AnswerError as error:

@@ -265,7 +265,7 @@ class Context:
                 hint="Lower --context or --slots.",
             )
         self._memory = lib.llama_get_memory(self._pointer)
-        self._vocab_size = model.vocab_size
+        self._row = ctypes.c_float * model.vocab_size
         self.context = int(lib.llama_n_ctx_seq(self._pointer))  # tokens a sequence, as rounded by llama.cpp
         self.slots = size.slots
         self.batch = size.batch
@@ -369,7 +369,8 @@ class Context:
         import numpy as np
 
         pointer = self._lib.llama_get_logits_ith(self._pointer, index)
-        return np.ctypeslib.as_array(pointer, shape=(self._vocab_size,))
+        address = ctypes.addressof(pointer.contents)
+        return np.frombuffer(self._row.from_address(address), dtype=np.float32)
 
 
 class EmbeddingContext:
@@ -447,7 +448,9 @@ class Sampler:
     def __init__(self, model: Model, options: SamplerOptions) -> None:
         lib = self._lib = model._lib
         self._chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
-        for link in self._links(lib, model.vocab_size, options):
+        links = self._links(lib, model.vocab_size, options)
+        self._likeliest = len(links) == 1 and options.temperature <= 0
+        for link in links:
             lib.llama_sampler_chain_add(self._chain, link)
 
     @staticmethod
@@ -473,6 +476,8 @@ class Sampler:
 
     def sample(self, context: Context, index: int) -> int:
         """Draw the token after batch entry `index` and tell the chain of it."""
+        if self._likeliest:  # what the greedy chain gives, without its copy of the whole vocabulary
+            return int(context.logits(index).argmax())
         return int(self._lib.llama_sampler_sample(self._chain, context._pointer, index))
 
     def accept(self, token: int) -> None:
