@@ -370,7 +370,7 @@ class Context:
 
         pointer = self._lib.llama_get_logits_ith(self._pointer, index)
         address = ctypes.addressof(pointer.contents)
-        return np.frombuffer(self._row.from_address(address), dtype=np.float32)
+        return np.ctypeslib.as_array(self._row.from_address(address))
 
 
 class EmbeddingContext:
