@@ -64,7 +64,7 @@ def _workers() -> ThreadPoolExecutor:
 
 def _forget_workers() -> None:
     """A forked child has none of its parent's threads, and perhaps a lock that nobody will release."""
-    global _pool, _lock  # noqa: PLW0603 - see above
+    global _pool, _lock
     _pool, _lock = None, threading.Lock()
 
 
