@@ -25,7 +25,9 @@ import numpy as np
 import numpy.typing as npt
 
 from lichen.errors import EngineError, ModelFileError, TensorError
+from lichen.quant.buffers import float_numbers, stored_bytes
 from lichen.quant.formats import BLOCKS, GGMLType, block_size, row_bytes, tensor_type
+from lichen.quant.grid import GRID_TYPES, first_off_grid
 from lichen.quant.shares import share_out
 
 __all__ = [
@@ -52,6 +54,11 @@ _CHUNK_TYPES = frozenset(GGMLType) - {
     GGMLType.I64,
     GGMLType.F64,
 }
+
+# ggml_validate_row_data knows all but this one, which holds activations and never stands in a file.
+_CHECKED_TYPES = frozenset(GGMLType) - {GGMLType.Q8_1}
+
+_LARGEST = 65504.0  # of F16, in which scales are stored; past it some quantizers give zeros and say nothing
 
 
 class Traits(ctypes.Structure):
@@ -186,8 +193,8 @@ def dequantize(type: GGMLType, source: Any, out: Any, threads: int | None = None
     Raises TensorError when the sizes do not fit each other or the type cannot be read.
     """
     kind = _known(type, DEQUANTIZABLE, "dequantized")
-    data = _stored(source, "source")
-    numbers = _floats(out, "out", writable=True)
+    data = stored_bytes(source, "source")
+    numbers = float_numbers(out, "out", writable=True)
     _check_sizes(kind, data, numbers)
     elements, size = BLOCKS[kind]
     blocks, step = numbers.size // elements, PIECE // elements
@@ -223,8 +230,8 @@ def quantize(
     type (naming the row), or when importance is missing or no weight; `out` is then undefined.
     """
     kind = _known(type, QUANTIZABLE, "quantized")
-    numbers = _floats(source, "source", writable=False)
-    data = _stored(out, "out", writable=True)
+    numbers = float_numbers(source, "source", writable=False)
+    data = stored_bytes(out, "out", writable=True)
     _check_sizes(kind, data, numbers)
     columns = numbers.shape[-1] if numbers.ndim else 1
     weights = _weights(kind, importance, columns)
@@ -237,18 +244,10 @@ def quantize(
     def piece(index: int) -> None:
         first = index * step
         part, target = rows[first : first + step], stored[first : first + step]
-        finite = np.isfinite(part).all(axis=1)
-        if not finite.all():
-            raise TensorError(
-                f"Row {first + int(finite.argmin())} cannot be quantized: it holds inf or nan.",
-                hint="Repair or retrain the tensor; such a number would spoil its whole block.",
-            )
+        _refuse_numbers(kind, part, weights, first)
         _quantize_rows(kind, part, target, weights)
         if (bad := _first_bad(kind, target)) is not None:
-            raise TensorError(
-                f"Row {first + bad} holds numbers too large for {kind.name}.",
-                hint="Keep this tensor as BF16 or F32.",
-            )
+            raise _too_large(kind, first + bad)
 
     share_out(-(-len(rows) // step), piece, threads)
 
@@ -259,8 +258,8 @@ def check_rows(type: GGMLType, data: Any, threads: int | None = None) -> None:
     ggml says on stderr which block it was. Raises ModelFileError that names the row (of flat data, the
     block), and TensorError for an unknown type or a part of a block.
     """
-    kind = _known(type, frozenset(GGMLType), "checked")
-    stored = _stored(data, "data")
+    kind = _known(type, _CHECKED_TYPES, "checked")
+    stored = stored_bytes(data, "data")
     elements, size = BLOCKS[kind]
     if stored.nbytes % size or (stored.ndim > 1 and stored.shape[-1] % size):
         raise TensorError(
@@ -279,6 +278,37 @@ def check_rows(type: GGMLType, data: Any, threads: int | None = None) -> None:
             )
 
     share_out(-(-len(rows) // step), piece, threads)
+
+
+# ---- numbers that no block can hold ---------------------------------------------------------------
+
+
+def _refuse_numbers(
+    kind: GGMLType, part: npt.NDArray[np.float32], weights: npt.NDArray[np.float32] | None, first: int
+) -> None:
+    """Raises TensorError naming the row. part: [rows, columns], of which the first is row `first`."""
+    peaks = np.abs(part).max(axis=1)  # nan where there is one
+    finite = np.isfinite(peaks)
+    if not finite.all():
+        raise TensorError(
+            f"Row {first + int(finite.argmin())} cannot be quantized: it holds inf or nan.",
+            hint="Repair or retrain the tensor; such a number would spoil its whole block.",
+        )
+    if BLOCKS[kind][0] > 1 and peaks.max() > _LARGEST:
+        raise _too_large(kind, first + int(peaks.argmax()))
+    if kind in GRID_TYPES and (bad := first_off_grid(part, weights)) is not None:
+        raise TensorError(
+            f"Row {first + bad} cannot be {kind.name}: some of its numbers, or their importance, are too "
+            "small or too large.",
+            hint="Give every column some importance, or store this tensor as a type of the K family.",
+        )
+
+
+def _too_large(kind: GGMLType, row: int) -> TensorError:
+    return TensorError(
+        f"Row {row} does not fit {kind.name}: its numbers, or their importance, are too large.",
+        hint="Keep this tensor as BF16 or F32.",
+    )
 
 
 # ---- natively -------------------------------------------------------------------------------------
@@ -303,6 +333,8 @@ def _quantize_rows(
 
 def _first_bad(kind: GGMLType, rows: npt.NDArray[np.uint8]) -> int | None:
     """Index of the first row that ggml calls invalid."""
+    if kind not in _CHECKED_TYPES or not rows.size:
+        return None
     if _library.ggml_validate_row_data(kind, rows.ctypes.data, rows.nbytes):
         return None
     for index, row in enumerate(rows):
@@ -319,34 +351,6 @@ def _known(type: GGMLType | int, able: frozenset[GGMLType], what: str) -> GGMLTy
     if kind not in able:
         raise TensorError(f"{kind.name} cannot be {what}: ggml has no function for it.")
     return kind
-
-
-def _array(buffer: Any, name: str, *, writable: bool) -> npt.NDArray[Any]:
-    """The buffer as an array over the same memory."""
-    try:
-        view = memoryview(buffer)
-    except (TypeError, ValueError, BufferError):
-        raise TensorError(
-            f"{name} has no buffer: it is of the type {buffer.__class__.__name__}.",
-            hint="Pass a numpy array, or tensor.numpy() of a tensor on the CPU.",
-        ) from None
-    if not view.c_contiguous:
-        raise TensorError(f"{name} is not contiguous.", hint="Pass a contiguous copy of it.")
-    if writable and view.readonly:
-        raise TensorError(f"{name} is read-only, but the result goes there.")
-    return np.asarray(view)
-
-
-def _stored(buffer: Any, name: str, *, writable: bool = False) -> npt.NDArray[np.uint8]:
-    array = _array(buffer, name, writable=writable)
-    return array.view(np.uint8) if array.ndim else array.reshape(1).view(np.uint8)
-
-
-def _floats(buffer: Any, name: str, *, writable: bool) -> npt.NDArray[np.float32]:
-    array = _array(buffer, name, writable=writable)
-    if array.dtype != np.float32 or not array.flags.aligned:
-        raise TensorError(f"{name} holds {array.dtype}, but must hold aligned float32.")
-    return array
 
 
 def _check_sizes(kind: GGMLType, data: npt.NDArray[np.uint8], numbers: npt.NDArray[np.float32]) -> None:
@@ -367,7 +371,7 @@ def _weights(kind: GGMLType, importance: Any | None, columns: int) -> npt.NDArra
                 hint="Compute an importance matrix first, or take a larger type.",
             )
         return None
-    weights = _floats(importance, "importance", writable=False)
+    weights = float_numbers(importance, "importance", writable=False)
     if weights.shape != (columns,):
         raise TensorError(f"importance has the shape {list(weights.shape)}, not [{columns}].")
     if not np.isfinite(weights).all() or weights.min() < 0 or not weights.any():

@@ -27,8 +27,8 @@ class Value(msgspec.Struct, frozen=True, eq=False):
     """One value. content: what Python has for the type.
 
     bool, int, float and str for plain types; bytes of a text that are not UTF-8 are lone surrogates
-    (PEP 383). Of an ARRAY: a read-only numpy array of numbers or bools, a tuple of texts, or a tuple of
-    `Value`s for arrays in an array; `item_type` says which.
+    (PEP 383). Of an ARRAY: a read-only numpy array of numbers or bools (a tuple will do for writing), a
+    tuple of texts, or a tuple of `Value`s for arrays in an array; `item_type` says which.
     """
 
     type: ValueType
@@ -45,6 +45,8 @@ class Value(msgspec.Struct, frozen=True, eq=False):
         """
         if isinstance(content, Value):
             return content
+        if isinstance(content, np.generic) and content.dtype.newbyteorder("<") in _KINDS:
+            return cls(_KINDS[content.dtype.newbyteorder("<")], content.item())
         if isinstance(content, bool | int | float | str):
             return cls(_plain_type([content]), content)
         if isinstance(content, np.ndarray) and content.ndim == 1:
@@ -55,8 +57,7 @@ class Value(msgspec.Struct, frozen=True, eq=False):
             if all(isinstance(item, list | tuple | np.ndarray) for item in content):
                 return cls(ValueType.ARRAY, tuple(cls.of(item) for item in content), ValueType.ARRAY)
             kind = _plain_type(content)
-            items = tuple(content) if kind is ValueType.STRING else np.array(content, _DTYPES[kind])
-            return cls(ValueType.ARRAY, items, kind)
+            return cls(ValueType.ARRAY, tuple(content), kind)
         raise ModelFileError(
             f"{content.__class__.__name__} is no type that the metadata of a GGUF can hold.",
             hint="Give an empty array its item type with Value(ValueType.ARRAY, (), ...).",
@@ -149,7 +150,9 @@ def _items(value: Value, key: str) -> bytes:
     if kind is ValueType.ARRAY:
         return b"".join(encode(item, key) for item in value.content)
     assert kind is not None
-    return np.asarray(value.content).astype(_DTYPES[kind], casting="safe", copy=False).tobytes()
+    if not isinstance(value.content, np.ndarray):
+        return struct.pack(f"<{len(value.content)}{SCALARS[kind][1:]}", *value.content)
+    return value.content.astype(_DTYPES[kind], casting="safe", copy=False).tobytes()
 
 
 def text(content: str) -> bytes:

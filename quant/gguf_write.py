@@ -133,7 +133,7 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
         partial.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise _disk_error(path, error) from error
+        raise _disk_error(path, partial, error) from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -155,7 +155,8 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _disk_error(path: Path, error: OSError) -> LichenError:
+def _disk_error(path: Path, partial: Path, error: OSError) -> LichenError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DiskFull(str(path.parent), path.stat().st_size if path.exists() else 0, 0)
+        written = partial.stat().st_size if partial.exists() else 0
+        return DiskFull(str(path.parent), written, shutil.disk_usage(path.parent).free)
     return StoreError(f"{path} cannot be written: {error.strerror}.")
