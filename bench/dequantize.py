@@ -94,9 +94,9 @@ def _compare(
 ) -> None:
     """All three in turn, `runs` times and once before that does not count; their rates, and whether they agree."""
     elements = sum(out.size for _, _, out in tensors)
-    ways = {
-        "lichen": lambda one: dequantize(*one, threads=options.threads),
-        "lichen_1": lambda one: dequantize(*one, threads=1),
+    ways: dict[str, Callable[[Stored], object]] = {
+        "lichen": lambda one: dequantize(one[0], one[1], one[2], threads=options.threads),
+        "lichen_1": lambda one: dequantize(one[0], one[1], one[2], threads=1),
         "gguf": lambda one: gguf.dequantize(one[1], gguf.GGMLQuantizationType(int(one[0]))),
     }
     same = all(_equal(one) for one in tensors)
@@ -133,7 +133,15 @@ def _seconds(way: Callable[[Stored], object], tensors: Sequence[Stored]) -> floa
 def _rows(record: dict[str, Any]) -> Rows:
     threads = record["settings"]["threads"]
     rows: Rows = [
-        ["10⁹ elements/s", f"lichen, {threads} threads", "lichen, 1", "gguf", "lichen ÷ gguf", "range", "same bits"]
+        [
+            "10⁹ elements/s",
+            f"lichen, {threads} threads",
+            "lichen, 1",
+            "gguf",
+            "lichen ÷ gguf",
+            "range",
+            "same bits",
+        ]
     ]
     for name, cell in record["summary"].items():
         ratio = record["ratios"][name]

@@ -18,9 +18,7 @@ _GRID_RANGE = (1e-19, 1e15)  # least and greatest square times importance that l
 _GRID_ZERO = 1e-15  # ggml takes a group whose weights are all smaller for zeros (GROUP_MAX_EPS)
 
 
-def first_off_grid(
-    part: npt.NDArray[np.float32], weights: npt.NDArray[np.float32] | None
-) -> int | None:
+def first_off_grid(part: npt.NDArray[np.float32], weights: npt.NDArray[np.float32] | None) -> int | None:
     """Index of the first row in which the search over a grid could fail. part: [rows, columns]."""
     groups = np.abs(part, dtype=np.float64).reshape(len(part), -1, _GRID_GROUP)
     peaks = groups.max(axis=2)  # [rows, groups]

@@ -260,7 +260,14 @@ def test_hostile_files_are_refused(tmp_path: Path) -> None:
         return b"".join(struct.pack("<IQ", 9, 1) for _ in depths) + struct.pack("<IQ", 4, 0)
 
     def with_value(kind: int, value: bytes) -> bytes:
-        return b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"x" + struct.pack("<I", kind) + value
+        return (
+            b"GGUF"
+            + struct.pack("<IQQ", 3, 0, 1)
+            + struct.pack("<Q", 1)
+            + b"x"
+            + struct.pack("<I", kind)
+            + value
+        )
 
     faults = {
         "cut off": tiny_gguf(data_bytes=100),
