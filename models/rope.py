@@ -43,8 +43,8 @@ class Yarn:
 class Rope:
     """One set of frequencies.
 
-    dims: leading numbers of a head that turn; the others stay. factor: how much slower everything turns
-    than `base` says. magnitude: multiplies what was turned.
+    dims: the width of a head. factor: how much slower everything turns than `base` says. magnitude:
+    multiplies what was turned.
     """
 
     pairs: Pairs
@@ -78,7 +78,7 @@ class Rope:
             frequencies = frequencies / factors.double()
         angles = positions.double().unsqueeze(-1) * frequencies.to(positions.device)  # [tokens, dims / 2]
         turns = torch.polar(torch.full_like(angles, self.magnitude), angles).to(torch.complex64)
-        return RopeTable(self.pairs, self.dims, turns.unsqueeze(-2))
+        return RopeTable(self.pairs, turns.unsqueeze(-2))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,6 @@ class RopeTable:
     """The turn of each token: complex64 [tokens, 1, dims / 2]."""
 
     pairs: Pairs
-    dims: int
     turns: Tensor
 
     def turn(self, x: Tensor) -> Tensor:
@@ -109,25 +108,26 @@ class _Turn(torch.autograd.Function):
 
 
 def _turned(x: Tensor, table: RopeTable, turns: Tensor) -> Tensor:
-    out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    part, target = x[..., : table.dims].float(), out[..., : table.dims]
+    numbers = x.float()
+    out = torch.empty_like(numbers)
     if table.pairs is Pairs.INTERLEAVED:
-        numbers = torch.view_as_complex(part.unflatten(-1, (-1, 2)))
-        torch.mul(numbers, turns, out=torch.view_as_complex(target.unflatten(-1, (-1, 2))))
+        pairs = torch.view_as_complex(numbers.unflatten(-1, (-1, 2)))
+        torch.mul(pairs, turns, out=torch.view_as_complex(out.unflatten(-1, (-1, 2))))
     else:
-        half = table.dims // 2
-        real, imaginary = part[..., :half], part[..., half:]
-        torch.mul(real, turns.real, out=target[..., :half]).addcmul_(imaginary, turns.imag, value=-1)
-        torch.mul(imaginary, turns.real, out=target[..., half:]).addcmul_(real, turns.imag)
-    out[..., table.dims :] = x[..., table.dims :]
+        half = x.shape[-1] // 2
+        real, imaginary = numbers[..., :half], numbers[..., half:]
+        torch.mul(real, turns.real, out=out[..., :half]).addcmul_(imaginary, turns.imag, value=-1)
+        torch.mul(imaginary, turns.real, out=out[..., half:]).addcmul_(real, turns.imag)
     return out.to(x.dtype)
 
 
 def read_rope(metadata: Metadata, head_width: int, pairs: Pairs) -> Rope:
     """The rope of a file's metadata. Raises ModelFileError for a scaling that is not understood."""
     dims = metadata.integer("rope.dimension_count", head_width)
-    if dims > head_width or dims % 2:
-        raise metadata.fault(f"{dims} of {head_width} numbers of a head turn, which is not possible")
+    if dims != head_width or dims % 2:
+        raise metadata.fault(
+            f"{dims} of {head_width} numbers of a head turn, but in this family it must be all of them, in pairs"
+        )
     # the older of llama.cpp's two keys for a linear factor; a factor of 0 means none, as there
     old = metadata.number("rope.scale_linear", 1.0, zero=True)
     factor = metadata.number("rope.scaling.factor", old, zero=True) or 1.0

@@ -56,9 +56,7 @@ def read_shape(metadata: Metadata, pairs: Pairs) -> Shape:
         raise metadata.fault(f"{heads} attention heads cannot share {kv_heads} heads of keys and values")
     head_width = width // heads
     key_width = metadata.integer("attention.key_length", head_width, limit=MAX_WIDTH)
-    scale = metadata.number("attention.scale", 0.0, zero=True)
-    causal = metadata.flag("attention.causal", True)
-    if not causal:
+    if not metadata.flag("attention.causal", True):
         raise metadata.fault("it is an encoder (attention.causal is false), which lichen does not train")
     return Shape(
         layers=layers,
@@ -69,6 +67,6 @@ def read_shape(metadata: Metadata, pairs: Pairs) -> Shape:
         value_width=metadata.integer("attention.value_length", head_width, limit=MAX_WIDTH),
         hidden=metadata.integer("feed_forward_length"),
         epsilon=metadata.number("attention.layer_norm_rms_epsilon"),
-        attention_scale=scale or key_width**-0.5,
+        attention_scale=key_width**-0.5,
         reaches=(Reach(rope=read_rope(metadata, key_width, pairs)),) * layers,
     )

@@ -24,7 +24,7 @@ def reference_logits(path: Path, tokens: list[int], *, kv_type: int = F16) -> Te
     params.n_seq_max = 1
     params.n_threads = params.n_threads_batch = torch.get_num_threads()
     params.type_k = params.type_v = kv_type
-    params.flash_attn_type = 1
+    params.flash_attn_type = int(kv_type == F16)  # llama.cpp's flash attention would round F32 to F16
     params.swa_full = True
     context = lib.llama_init_from_model(model._pointer, params)
     assert context, "llama.cpp refused the context"
