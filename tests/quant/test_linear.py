@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -16,12 +18,20 @@ from lichen.quant.linear import QuantEmbedding, QuantLinear
 COLUMNS = 512
 
 
-def stored(kind: GGMLType, rows: int = 40, columns: int = COLUMNS, seed: int = 0) -> GGUFTensor:
+@functools.cache
+def stored(kind: GGMLType, rows: int = 40, columns: int = COLUMNS) -> GGUFTensor:
     """A random matrix of that type, read-only as in a mapped file."""
-    values = np.random.default_rng(seed).standard_normal((rows, columns)).astype(np.float32)
-    data = np.empty((rows, ggml.row_bytes(kind, columns)), np.uint8)
-    importance = np.ones(columns, np.float32) if kind in ggml.NEEDS_IMPORTANCE else None
-    ggml.quantize(kind, values, data, importance=importance)
+    source = np.random.default_rng(0)
+    if kind.name.startswith("IQ"):  # these take seconds to quantize; any bits with a finite scale will do
+        bits = source.integers(0, 256, (4 * rows, ggml.row_bytes(kind, columns)), np.uint8)
+        numbers = np.empty((4 * rows, columns), np.float32)
+        ggml.dequantize(kind, bits, numbers)
+        data = bits[np.isfinite(numbers).all(axis=1)][:rows].copy()
+    else:
+        values = source.standard_normal((rows, columns)).astype(np.float32)
+        data = np.empty((rows, ggml.row_bytes(kind, columns)), np.uint8)
+        ggml.quantize(kind, values, data)
+    assert len(data) == rows
     data.flags.writeable = False
     return GGUFTensor(f"{kind.name}.weight", kind, (rows, columns), data)
 
@@ -33,7 +43,7 @@ def dense(tensor: GGUFTensor) -> Tensor:
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
+    return float((found - expected).detach().norm() / expected.detach().norm())
 
 
 @pytest.fixture(params=[1 << 20, COLUMNS * 16, 1], ids=["whole", "tiles", "rows"])
@@ -42,7 +52,7 @@ def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int
     return int(request.param)
 
 
-@pytest.mark.parametrize("kind", sorted(ggml.DEQUANTIZABLE & ggml.QUANTIZABLE), ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", sorted(ggml.DEQUANTIZABLE), ids=lambda kind: kind.name)
 def test_every_type_equals_a_dense_layer(kind: GGMLType, tile: int) -> None:
     tensor = stored(kind)
     bias = torch.linspace(-1, 1, 40)
@@ -58,11 +68,6 @@ def test_every_type_equals_a_dense_layer(kind: GGMLType, tile: int) -> None:
     assert expected_x.grad is not None
     assert relative(out, expected) < 1e-5
     assert relative(x.grad, expected_x.grad) < 1e-4
-
-
-def test_types_that_are_tried_are_all_that_dequantize() -> None:
-    """What can be read but not written stays untried, and must be known by name."""
-    assert {kind.name for kind in ggml.DEQUANTIZABLE - ggml.QUANTIZABLE} <= {"I8", "I16", "I32", "I64", "F64"}
 
 
 def test_some_rows(tile: int) -> None:
