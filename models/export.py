@@ -85,5 +85,7 @@ def _quantized(values: Tensor, kind: GGMLType, name: str) -> _Bytes:
     try:
         ggml.quantize(kind, numbers.numpy(), out)
     except TensorError as error:
-        raise TensorError(f"{name} cannot be written as {kind.name}: {error.message}", hint=error.hint) from error
+        raise TensorError(
+            f"{name} cannot be written as {kind.name}: {error.message}", hint=error.hint
+        ) from error
     return out

@@ -54,9 +54,7 @@ class _SumOfParts(torch.autograd.Function):
         return hidden, None, None, None, *trained
 
 
-def sum_of_parts(
-    hidden: Tensor, loss: PartLoss, vocabulary: int, trained: Sequence[Tensor] = ()
-) -> Tensor:
+def sum_of_parts(hidden: Tensor, loss: PartLoss, vocabulary: int, trained: Sequence[Tensor] = ()) -> Tensor:
     """The sum of `loss` over parts of hidden [n, width], each with few enough logits; a scalar.
 
     trained: parameters that `loss` uses and that want a gradient (of an adapted output layer).

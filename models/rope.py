@@ -148,8 +148,12 @@ def read_rope(metadata: Metadata, head_width: int, pairs: Pairs) -> Rope:
             slow=metadata.number("rope.scaling.yarn_beta_slow", 1.0),
         )
         metadata.refuse("rope.scaling.yarn_log_multiplier", "it is DeepSeek's variant of YaRN", unless=(0.0,))
-        metadata.refuse("rope.scaling.yarn_ext_factor", "only the paper's mix is implemented", unless=(1.0, -1.0))
-        metadata.refuse("rope.scaling.yarn_attn_factor", "only the paper's factor is implemented", unless=(1.0,))
+        metadata.refuse(
+            "rope.scaling.yarn_ext_factor", "only the paper's mix is implemented", unless=(1.0, -1.0)
+        )
+        metadata.refuse(
+            "rope.scaling.yarn_attn_factor", "only the paper's factor is implemented", unless=(1.0,)
+        )
         # the paper's temperature of the attention, applied to queries and keys alike
         return Rope(**rope, factor=factor, yarn=yarn, magnitude=magnitude * (1 + 0.1 * math.log(factor)))  # type: ignore[arg-type]
     raise metadata.fault(

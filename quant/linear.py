@@ -98,7 +98,9 @@ class _Product(torch.autograd.Function):
 
 def _matrix(tensor: GGUFTensor) -> GGUFTensor:
     if len(tensor.shape) != 2:
-        raise TensorError(f"{tensor.name} has the shape {list(tensor.shape)}, but a layer needs two dimensions.")
+        raise TensorError(
+            f"{tensor.name} has the shape {list(tensor.shape)}, but a layer needs two dimensions."
+        )
     if tensor.type not in ggml.DEQUANTIZABLE:
         raise TensorError(f"{tensor.name} is stored as {tensor.type.name}, which cannot be dequantized.")
     return tensor
@@ -171,7 +173,9 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
-        return f"{self.in_features}, {self.out_features}, {self.tensor.type.name}, bias={self.bias is not None}"
+        return (
+            f"{self.in_features}, {self.out_features}, {self.tensor.type.name}, bias={self.bias is not None}"
+        )
 
 
 class QuantEmbedding(nn.Module):

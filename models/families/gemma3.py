@@ -54,6 +54,4 @@ def _reaches(metadata: Metadata, shape: Shape) -> tuple[Reach, ...]:
     # scaling for longer contexts is for the layers that see them
     base = metadata.number("rope.freq_base_swa", LOCAL_BASE)
     local = Reach(rope=Rope(pairs=rope.pairs, dims=rope.dims, base=base), window=window)
-    return tuple(
-        local if index % period < period - 1 else Reach(rope=rope) for index in range(shape.layers)
-    )
+    return tuple(local if index % period < period - 1 else Reach(rope=rope) for index in range(shape.layers))

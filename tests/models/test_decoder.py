@@ -123,7 +123,9 @@ def test_cross_entropy_in_parts(model: Decoder, monkeypatch: pytest.MonkeyPatch)
     found = losses.cross_entropy(model, hidden, positions, targets, weights) / 3
     plain = functional.cross_entropy(model.logits(hidden, positions), targets, reduction="none") @ weights / 3
     assert torch.allclose(found, plain, rtol=1e-5)
-    for one, other in zip(torch.autograd.grad(found, trained), torch.autograd.grad(plain, trained), strict=True):
+    for one, other in zip(
+        torch.autograd.grad(found, trained), torch.autograd.grad(plain, trained), strict=True
+    ):
         assert close(one, other)
     with torch.no_grad():
         assert torch.allclose(losses.cross_entropy(model, hidden, positions, targets, weights) / 3, plain)

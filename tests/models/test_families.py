@@ -64,13 +64,24 @@ ROPES: dict[str, tuple[str, dict[str, Any]]] = {
     "magnitude": ("llama", {"rope.scaling.attn_factor": 1.25}),
     "yarn": (
         "qwen2",
-        {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 128},
+        {
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": 4.0,
+            "rope.scaling.original_context_length": 128,
+        },
     ),
     "yarn, interleaved": (
         "llama",
-        {"rope.scaling.type": "yarn", "rope.scaling.factor": 2.5, "rope.scaling.original_context_length": 200},
+        {
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": 2.5,
+            "rope.scaling.original_context_length": 200,
+        },
     ),
-    "gemma3, scaled where it sees far": ("gemma3", {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0}),
+    "gemma3, scaled where it sees far": (
+        "gemma3",
+        {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0},
+    ),
     "gemma3, local base": ("gemma3", {"rope.freq_base_swa": 3000.0}),
 }
 
@@ -112,7 +123,9 @@ def test_the_window_ends_where_it_should(length: int, tmp_path: Path) -> None:
     assert compare(path, text(length)).mean <= EXACT
 
 
-@pytest.mark.parametrize("keys", [{"attention.sliding_window_pattern": 2}, {"attention.sliding_window": None}])
+@pytest.mark.parametrize(
+    "keys", [{"attention.sliding_window_pattern": 2}, {"attention.sliding_window": None}]
+)
 def test_patterns_of_windows(keys: dict[str, Any], tmp_path: Path) -> None:
     path = write_tiny(tmp_path / "m.gguf", "gemma3", layers=4, keys=keys)
     assert compare(path).mean <= EXACT
