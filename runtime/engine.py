@@ -200,11 +200,6 @@ class Engine:
         """Give free slots to waiting sequences, oldest first."""
         if self.state == "failed":
             self._fail_all(self._failure)
-        if self._waiting:
-            self._admit_waiting()
-        self._count_now()
-
-    def _admit_waiting(self) -> None:
         passed: deque[Sequence] = deque()
         while self._waiting and self._slots.free:
             sequence = self._waiting.popleft()
@@ -219,6 +214,7 @@ class Engine:
         passed.extend(self._waiting)
         self._waiting = passed
         self._stalled = bool(passed) and not self._running
+        self._count_now()
 
     def _start(self, sequence: Sequence) -> None:
         placement = self._slots.acquire(sequence.prompt)
