@@ -124,6 +124,15 @@ def _dense_tile(matrix, row, column, rows, columns, ROWS: tl.constexpr, COLUMNS:
     return matrix + down.to(tl.int64) * columns + across, (down < rows) & (across < columns)
 
 
+@triton.jit
+def _add_product(total, left, tile, WIDE: tl.constexpr):
+    """total + left @ tile, with the tile rounded to left's dtype; WIDE multiplies these numbers as fp32."""
+    tile = tile.to(left.dtype)
+    if WIDE:
+        return tl.dot(left.to(tl.float32), tile.to(tl.float32), total, input_precision="ieee")
+    return tl.dot(left, tile, total)
+
+
 # One program makes one tile of the result. Tokens are the fast axis of the grid, so that programs that run
 # together read the same weights, and the second reader finds them in the cache.
 
@@ -131,7 +140,7 @@ def _dense_tile(matrix, row, column, rows, columns, ROWS: tl.constexpr, COLUMNS:
 @triton.jit(do_not_specialize=["tokens"])
 def forward(
     x, weights, y, tokens, rows, columns, row_bytes,
-    DECODE: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DECODE: tl.constexpr, WIDE: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """y[tokens, rows] = x[tokens, columns] @ W^T, summed in fp32 over tiles of columns."""
     token = tl.program_id(0) * TOKENS
@@ -141,7 +150,7 @@ def forward(
         at, inside = _dense_tile(x, token, column, tokens, columns, TOKENS, COLUMNS)
         left = tl.load(at, mask=inside, other=0.0)
         tile = _weight_tile(weights, row, column, rows, columns, row_bytes, DECODE, ROWS, COLUMNS)
-        total = tl.dot(left, tile.to(left.dtype).trans(), total, input_precision="ieee")
+        total = _add_product(total, left, tile.trans(), WIDE)
     at, inside = _dense_tile(y, token, row, tokens, rows, TOKENS, ROWS)
     tl.store(at, total.to(y.dtype.element_ty), mask=inside)
 
@@ -149,7 +158,7 @@ def forward(
 @triton.jit(do_not_specialize=["tokens"])
 def backward(
     dy, weights, dx, tokens, rows, columns, row_bytes,
-    DECODE: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DECODE: tl.constexpr, WIDE: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """dx[tokens, columns] = dy[tokens, rows] @ W, summed in fp32 over tiles of rows."""
     token = tl.program_id(0) * TOKENS
@@ -159,6 +168,6 @@ def backward(
         at, inside = _dense_tile(dy, token, row, tokens, rows, TOKENS, ROWS)
         left = tl.load(at, mask=inside, other=0.0)
         tile = _weight_tile(weights, row, column, rows, columns, row_bytes, DECODE, ROWS, COLUMNS)
-        total = tl.dot(left, tile.to(left.dtype), total, input_precision="ieee")
+        total = _add_product(total, left, tile, WIDE)
     at, inside = _dense_tile(dx, token, column, tokens, columns, TOKENS, COLUMNS)
     tl.store(at, total.to(dx.dtype.element_ty), mask=inside)
