@@ -19,6 +19,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -74,7 +75,9 @@ def supports(type: GGMLType, device: torch.device) -> bool:
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= OLDEST
 
 
-def matmul(x: torch.Tensor, weight_bytes: torch.Tensor, type: GGMLType, rows: int, columns: int) -> torch.Tensor:
+def matmul(
+    x: torch.Tensor, weight_bytes: torch.Tensor, type: GGMLType, rows: int, columns: int
+) -> torch.Tensor:
     """x @ W^T: what a linear layer without bias makes of x.
 
     x: fp16, bf16 or fp32 [..., columns]. weight_bytes: W [rows, columns] as the file has it, uint8
@@ -107,7 +110,7 @@ def _product(
     result = flat.new_empty(len(flat), across)
     if result.numel():
         sizes = (len(flat), rows, columns, weights.shape[1])
-        with torch.cuda.device_of(weights):  # Triton launches on the current device; no-op for the CPU
+        with _current(weights.device):
             _launch(direction, kind, flat, weights, result, sizes)
     return result.reshape(*left.shape[:-1], across)
 
@@ -178,6 +181,11 @@ def _wide(left: torch.Tensor) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(left.device) < (8, 0)
 
 
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Make it torch's current device, which is where Triton launches."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -207,7 +215,9 @@ def _check_left(name: str, left: torch.Tensor, last: int, device: torch.device) 
     if left.ndim == 0 or left.shape[-1] != last:
         raise TensorError(f"{name} has the shape {list(left.shape)}, but its last axis must have {last}.")
     if left.device != device:
-        raise TensorError(f"{name} lies on {left.device} and the weights on {device}.", hint="Move one of them.")
+        raise TensorError(
+            f"{name} lies on {left.device} and the weights on {device}.", hint="Move one of them."
+        )
 
 
 def _check_place(kind: GGMLType, device: torch.device) -> None:
@@ -216,7 +226,7 @@ def _check_place(kind: GGMLType, device: torch.device) -> None:
     if not supports(kind, device):
         raise TensorError(
             f"The GPU kernels cannot run on {device}.",
-            hint="Use a CUDA device of compute capability 7.5 or later or a ROCm device, or lichen's CPU path.",
+            hint="Use a CUDA device of compute capability 7.5 or later, a ROCm device, or the CPU path.",
         )
 
 

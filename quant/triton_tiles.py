@@ -107,7 +107,15 @@ def decode_q6_k(row, group, inside):
 
 @triton.jit
 def _weight_tile(
-    weights, row, column, rows, columns, row_bytes, DECODE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    weights,
+    row,
+    column,
+    rows,
+    columns,
+    row_bytes,
+    DECODE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """Rows `row` to `row + ROWS` and columns `column` to `column + COLUMNS` in fp32; zeros past the edges."""
     at = row + tl.arange(0, ROWS)[:, None, None]

@@ -1,7 +1,9 @@
 """The GPU kernels against ggml, run on the CPU by Triton's interpreter.
 
-`test_triton_kernels.py` runs this file in a process of its own: TRITON_INTERPRET must be set before triton is
-imported and then holds for the whole process. By hand: TRITON_INTERPRET=1 pytest tests/quant/triton_interpreted.py
+`test_triton_kernels.py` runs this file in a process of its own: TRITON_INTERPRET must be set before triton
+is imported and then holds for the whole process. By hand:
+
+    TRITON_INTERPRET=1 python -m pytest tests/quant/triton_interpreted.py
 """
 
 from __future__ import annotations
@@ -66,7 +68,9 @@ def assert_product(result: torch.Tensor, left: torch.Tensor, right: torch.Tensor
     assert bool((error <= bound).all()), f"off by {float((error / bound).max()):.3g} times the tolerance"
 
 
-def assert_both_products(kind: GGMLType, stored: torch.Tensor, columns: int, tokens: int, dtype: torch.dtype) -> None:
+def assert_both_products(
+    kind: GGMLType, stored: torch.Tensor, columns: int, tokens: int, dtype: torch.dtype
+) -> None:
     rows = len(stored)
     weights = dense(kind, stored, columns)
     generator = torch.Generator().manual_seed(rows * columns + tokens)
