@@ -99,7 +99,13 @@ def test_without_triton_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatc
     ids=lambda value: "" if isinstance(value, str) else ", ".join(value),
 )
 def test_what_does_not_fit_is_named(change: dict[str, Any], message: str) -> None:
-    given = {"x": X, "weight_bytes": WEIGHTS, "type": GGMLType.Q4_0, "rows": 4, "columns": 64} | change
+    given: dict[str, Any] = {
+        "x": X,
+        "weight_bytes": WEIGHTS,
+        "type": GGMLType.Q4_0,
+        "rows": 4,
+        "columns": 64,
+    } | change
     with pytest.raises(TensorError, match=message):
         matmul(**given)
 

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from lichen.errors import TensorError
 from lichen.quant import ggml
 from lichen.quant.formats import BLOCKS, GGMLType, row_bytes
-from lichen.quant.triton_kernels import PLAIN_TILES, SUPPORTED, matmul, matmul_transposed, supports
+from lichen.quant.triton_kernels import INTERPRETED_TILE as TILE
+from lichen.quant.triton_kernels import SUPPORTED, matmul, matmul_transposed, supports
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1 before pytest starts"
 
@@ -82,9 +83,9 @@ def assert_both_products(
 
 @pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)
 def test_every_code_decodes_to_ggmls_number(kind: GGMLType) -> None:
-    rows, columns = 32, 512
+    rows, columns = 32, 256
     stored = raw_blocks(kind, rows, columns, seed=1)
-    assert len(stored.unique()) == 256
+    assert len(np.unique(stored.numpy())) == 256
     weights = dense(kind, stored, columns)
     decoded = matmul_transposed(torch.eye(rows), stored, kind, rows, columns)
     if kind in EXACT:
@@ -95,28 +96,25 @@ def test_every_code_decodes_to_ggmls_number(kind: GGMLType) -> None:
 
 @pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)
 def test_real_weights_quantized_by_ggml(kind: GGMLType) -> None:
-    rows, columns = 40, 256
+    rows, columns = 24, 256
     weights = np.random.default_rng(2).normal(0, 0.05, (rows, columns)).astype(np.float32)
     stored = torch.empty(rows, row_bytes(kind, columns), dtype=torch.uint8)
     ggml.quantize(kind, weights, stored.numpy(), threads=1)
     for dtype in DTYPES:
-        assert_both_products(kind, stored, columns, 20, dtype)
+        assert_both_products(kind, stored, columns, 5, dtype)
     x = torch.randn(20, columns, generator=torch.Generator().manual_seed(3))
     close = matmul(x, stored, kind, rows, columns)
     relative = (close - x @ torch.from_numpy(weights).T).norm() / (x @ torch.from_numpy(weights).T).norm()
     assert 1e-4 < float(relative) < 0.12  # four bits lose a little, and no more
 
 
-TILE = PLAIN_TILES[1]
-
-
-@settings(max_examples=40, deadline=None, database=None, derandomize=True)
+@settings(max_examples=16, deadline=None, database=None, derandomize=True)
 @given(
     kind=st.sampled_from(TYPES),
     dtype=st.sampled_from(DTYPES),
-    tokens=st.integers(1, 2 * TILE.tokens + 1),
-    rows=st.integers(1, 2 * TILE.across + 1),
-    blocks=st.integers(1, 4),
+    tokens=st.integers(1, TILE.tokens + 1),
+    rows=st.integers(1, TILE.across + 1),
+    blocks=st.integers(1, 2),
     seed=st.integers(0, 2**32 - 1),
 )
 @example(GGMLType.Q4_0, torch.float32, 1, 1, 1, 0)  # one number in, one out, one block
@@ -132,7 +130,7 @@ def test_products_of_any_shape(
 
 @pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)
 def test_zero_blocks_and_negative_scales(kind: GGMLType) -> None:
-    rows, columns = 6, 512
+    rows, columns = 6, 2 * BLOCKS[kind][0]
     stored = raw_blocks(kind, rows, columns, seed=4).view(rows, -1, BLOCKS[kind][1])
     stored[::2, 0] = 0
     for offset in SCALES[kind]:
