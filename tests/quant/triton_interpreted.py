@@ -20,7 +20,7 @@ from lichen.errors import TensorError
 from lichen.quant import ggml
 from lichen.quant.formats import BLOCKS, GGMLType, row_bytes
 from lichen.quant.triton_kernels import INTERPRETED_TILE as TILE
-from lichen.quant.triton_kernels import SUPPORTED, matmul, matmul_transposed, supports
+from lichen.quant.triton_kernels import SUPPORTED, matmul, matmul_transposed, supports, tile_sizes
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1 before pytest starts"
 
@@ -169,6 +169,25 @@ def test_nothing_outside_the_rows_counts(kind: GGMLType) -> None:
         inputs[tokens : 2 * tokens] = torch.linspace(-1, 1, tokens * last).view(tokens, last)
         left = inputs[tokens : 2 * tokens]
         assert_product(product(left, stored, kind, rows, columns), left, right)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_nothing_outside_the_result_is_written(direction: str) -> None:
+    """The kernels alone, on parts of one tile, with a result in the midst of sevens."""
+    from lichen.quant import triton_tiles
+
+    rows, columns, tokens = 5, 32, 3
+    stored = raw_blocks(GGMLType.Q4_0, rows, columns, seed=10)
+    summed, across = (columns, rows) if direction == "forward" else (rows, columns)
+    around = torch.full((3, tokens, across), 7.0)
+    sizes = (tokens, rows, columns, stored.shape[1])
+    kernel = getattr(triton_tiles, direction)[(1, 1)]
+    constants = {"DECODE": triton_tiles.decode_q4_0, "WIDE": True, **tile_sizes(direction, TILE)}
+    kernel(torch.ones(tokens, summed), stored, around[1], *sizes, **constants)
+    weights = dense(GGMLType.Q4_0, stored, columns)
+    right = weights.T if direction == "forward" else weights
+    assert_product(around[1], torch.ones(tokens, summed), right)
+    assert bool((around[::2] == 7).all())
 
 
 def test_scales_may_lie_on_any_even_address_and_on_no_odd_one() -> None:
