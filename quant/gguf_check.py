@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import mmap
 import struct
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -41,6 +42,9 @@ GGML_TYPES: dict[int, tuple[str, int, int]] = {
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 10: "<Q", 11: "<q", 12: "<d"}
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 _INTEGERS = frozenset({0, 1, 2, 3, 4, 5, 10, 11})
+
+
+_Found = TypeVar("_Found")
 
 
 class GGUFArray(msgspec.Struct, frozen=True):
@@ -76,11 +80,32 @@ class _Tensor(msgspec.Struct, frozen=True):
     type_name: str
 
 
+class TensorPlace(msgspec.Struct, frozen=True):
+    """Where the bytes of a tensor lie: offset from the file's first byte, size and size of a block in bytes."""
+
+    name: str
+    offset: int
+    size: int
+    block: int
+
+
 def check_gguf(path: Path) -> GGUFSummary:
     """Read the header of a GGUF and check it. O(header); the weights are not read.
 
     Raises ModelFileError that names what is wrong and where.
     """
+    return _with_reader(path, lambda reader: reader.read())
+
+
+def tensor_places(path: Path) -> list[TensorPlace]:
+    """Where the tensors of any GGUF lie (a model's or an adapter's), in the order of their bytes.
+
+    Only the format is checked, not what llama.cpp needs of a model. Raises ModelFileError.
+    """
+    return _with_reader(path, lambda reader: reader.places())
+
+
+def _with_reader(path: Path, read: Callable[[_Reader], _Found]) -> _Found:
     if not path.is_file():
         raise ModelFileError(f"{path} is not a file.")
     try:
@@ -89,7 +114,7 @@ def check_gguf(path: Path) -> GGUFSummary:
             if size < 24:
                 raise ModelFileError(f"{path.name} is not a GGUF: it has only {size} bytes.")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _Reader(data, size, path.name).read()
+                return read(_Reader(data, size, path.name))
     except OSError as error:
         raise ModelFileError(f"{path} cannot be read: {error.strerror}.") from error
 
@@ -100,11 +125,37 @@ class _Reader:
     def __init__(self, data: mmap.mmap | bytes, size: int, name: str) -> None:
         self._data, self._size, self._name, self._at = data, size, name, 0
         self._types: dict[str, int] = {}  # key -> GGUF type of its value
+        self._data_start = 0  # where the first tensor begins
 
     def read(self) -> GGUFSummary:
+        version, metadata, tensors = self._header()
+        self._check_model(metadata, {tensor.name: tensor for tensor in tensors})
+        architecture = str(metadata["general.architecture"])
+        return GGUFSummary(
+            architecture=architecture,
+            version=version,
+            tensor_count=len(tensors),
+            parameter_count=sum(_product(tensor.shape) for tensor in tensors),
+            tensor_bytes=sum(tensor.size for tensor in tensors),
+            context_train=int(metadata.get(f"{architecture}.context_length", 0)),
+            metadata=metadata,
+            matrix_bytes=_matrix_bytes(tensors),
+        )
+
+    def places(self) -> list[TensorPlace]:
+        _, _, tensors = self._header()
+        blocks = {name: size for name, _, size in GGML_TYPES.values()}
+        tensors.sort(key=lambda tensor: tensor.offset)
+        return [
+            TensorPlace(each.name, self._data_start + each.offset, each.size, blocks[each.type_name])
+            for each in tensors
+        ]
+
+    def _header(self) -> tuple[int, dict[str, Any], list[_Tensor]]:
+        """Version, metadata and tensors."""
         if self._bytes(4, "magic") != b"GGUF":
             raise self._wrong("it does not begin with GGUF")
-        version = self._scalar("<I", "version")
+        version: int = self._scalar("<I", "version")
         if version not in (2, 3):
             swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
             raise self._wrong(
@@ -120,19 +171,7 @@ class _Reader:
             kind = self._scalar("<I", f"type of {key}")
             self._types[key] = kind
             metadata[key] = self._value(kind, key)
-        tensors = self._tensors(tensor_count, metadata)
-        self._check_model(metadata, {tensor.name: tensor for tensor in tensors})
-        architecture = str(metadata["general.architecture"])
-        return GGUFSummary(
-            architecture=architecture,
-            version=version,
-            tensor_count=tensor_count,
-            parameter_count=sum(_product(tensor.shape) for tensor in tensors),
-            tensor_bytes=sum(tensor.size for tensor in tensors),
-            context_train=int(metadata.get(f"{architecture}.context_length", 0)),
-            metadata=metadata,
-            matrix_bytes=_matrix_bytes(tensors),
-        )
+        return version, metadata, self._tensors(tensor_count, metadata)
 
     # ---- bytes ------------------------------------------------------------------------------------
 
@@ -215,7 +254,7 @@ class _Reader:
         tensors = [self._tensor(index, alignment) for index in range(count)]
         if len({tensor.name for tensor in tensors}) < count:
             raise self._wrong("two tensors have the same name")
-        start = -(-self._at // alignment) * alignment
+        start = self._data_start = -(-self._at // alignment) * alignment
         end = 0
         for tensor in sorted(tensors, key=lambda tensor: tensor.offset):
             if tensor.offset != end:
