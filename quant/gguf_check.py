@@ -81,7 +81,7 @@ class _Tensor(msgspec.Struct, frozen=True):
 
 
 class TensorPlace(msgspec.Struct, frozen=True):
-    """Where the bytes of a tensor lie: offset from the file's first byte, size and size of a block in bytes."""
+    """Where a tensor lies: offset from the file's first byte, its size and that of a block, in bytes."""
 
     name: str
     offset: int

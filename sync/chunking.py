@@ -1,11 +1,11 @@
 """Where a file is cut into chunks: the same bytes give the same cuts on every machine.
 
-A GGUF is cut at the beginning of every tensor, and inside a tensor at fixed distances from its beginning that are
-whole blocks of its type. Weights change in place, they are never shifted by a few bytes, so that a rolling hash
-finds nothing there that fixed cuts do not; and a chunk that belongs to one place of one tensor can be compared
-with the same place of an older version (see pieces.py). What lies before the tensors (vocabulary, template) and
-every other file is cut by content: FastCDC with normalised chunking, as published by Xia et al. (USENIX ATC 2016;
-the 2020 variant), so that an edit changes only the chunks that it touches.
+A GGUF is cut at the beginning of every tensor, and inside a tensor at fixed distances from its beginning that
+are whole blocks of its type. Weights change in place, they are never shifted by a few bytes, so that a
+rolling hash finds nothing there that fixed cuts do not; and a chunk that belongs to one place of one tensor
+can be compared with the same place of an older version (see pieces.py). What lies before the tensors
+(vocabulary, template) and every other file is cut by content: FastCDC with normalised chunking, as published
+by Xia et al. (USENIX ATC 2016; the 2020 variant), so that an edit changes only the chunks that it touches.
 
 Not covered: safetensors are cut by content like any other file.
 """
@@ -27,7 +27,7 @@ TENSOR_CHUNK = 256 << 10  # bytes; of files up to MAX_CHUNKS / 4 times this, the
 
 
 class Cut(msgspec.Struct, frozen=True):
-    """A chunk to be: offset and length in bytes, block of its type (1: unknown), and its place in a tensor."""
+    """A chunk to be: offset and length in bytes, its type's block (1: unknown), its place in a tensor."""
 
     offset: int
     length: int

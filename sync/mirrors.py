@@ -1,13 +1,13 @@
 """Where published files are read from: any place that gives out ranges of bytes.
 
-HTTP and HTTPS go through httpx; every other scheme (`file:`, `memory:`, `s3:`, `gs:` ...) through fsspec, whose
-package for that scheme must be installed. A mirror is not trusted with anything but being slow.
+HTTP and HTTPS go through httpx; every other scheme (`file:`, `memory:`, `s3:`, `gs:` ...) through fsspec,
+whose package for that scheme must be installed. A mirror is not trusted with anything but being slow.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lichen.errors import ConfigError, SourceError
@@ -17,7 +17,8 @@ from lichen.sync.sources import Origin
 if TYPE_CHECKING:
     import httpx
 
-BLOCK = 1 << 18  # bytes that are asked of fsspec at a time
+BLOCK = 1 << 16  # bytes of a part over HTTP
+FILE_BLOCK = 1 << 18  # bytes that are asked of fsspec at a time
 PATIENCE = 30.0  # seconds for a connection, and between two arrivals of bytes
 
 
@@ -26,23 +27,24 @@ class Mirror(Protocol):
 
     name: str
 
-    def read(self, path: str, start: int, stop: int | None) -> AsyncIterator[bytes]:
+    def read(self, path: str, start: int, stop: int | None) -> AsyncGenerator[bytes, None]:
         """Bytes start..stop (None: to the end) of a file, in parts of any length.
 
-        Raises SourceError where it cannot; what it gives is not believed, so it may also give too few or others.
+        Raises SourceError where it cannot; what it gives is not believed, so it may also give too few or
+        others.
         """
         ...
 
 
 class HttpMirror:
-    """A static file server or object store under a URL. headers: such as a token; other hosts do not get them."""
+    """A static file server or object store. headers: such as a token; other hosts do not get them."""
 
     def __init__(self, url: str, *, headers: dict[str, str] | None = None) -> None:
         self.name = url.rstrip("/")
         self._headers = headers or {}
         self._client: httpx.AsyncClient | None = None
 
-    async def read(self, path: str, start: int, stop: int | None) -> AsyncIterator[bytes]:
+    async def read(self, path: str, start: int, stop: int | None) -> AsyncGenerator[bytes, None]:
         """See Mirror. Servers that ignore ranges are refused rather than read from their beginning."""
         import httpx
 
@@ -60,7 +62,9 @@ class HttpMirror:
                     raise SourceError(f"{origin.url} {what} ({answer.status_code} {answer.reason_phrase}).")
                 span = answer.headers.get("Content-Range", "")
                 if ranged and not span.startswith(f"bytes {start}-"):
-                    raise SourceError(f"{origin.url} gives another range than it was asked for: {span[:80]!r}.")
+                    raise SourceError(
+                        f"{origin.url} gives another range than it was asked for: {span[:80]!r}."
+                    )
                 async for data in answer.aiter_raw(BLOCK):
                     yield data
         except httpx.HTTPError as error:
@@ -89,13 +93,13 @@ class FsspecMirror:
                 f"The mirror {url} cannot be used: {error}.", hint="Install fsspec's package for that scheme."
             ) from error
 
-    async def read(self, path: str, start: int, stop: int | None) -> AsyncIterator[bytes]:
+    async def read(self, path: str, start: int, stop: int | None) -> AsyncGenerator[bytes, None]:
         """See Mirror."""
         where = f"{self._root}/{path}"
         try:
             size = await asyncio.to_thread(self._files.size, where)
-            for at in range(start, min(size, size if stop is None else stop), BLOCK):
-                end = min(at + BLOCK, size if stop is None else stop)
+            for at in range(start, min(size, size if stop is None else stop), FILE_BLOCK):
+                end = min(at + FILE_BLOCK, size if stop is None else stop)
                 yield await asyncio.to_thread(self._files.cat_file, where, at, end)
         except Exception as error:  # each file system has its own kinds
             raise SourceError(f"{self.name}/{path} cannot be read: {error}.") from error

@@ -1,12 +1,13 @@
 """How one chunk is kept in a pack: as it is, compressed, or as its difference to an older chunk.
 
-Quantized weights hardly compress as they stand (0.96 of their size), since scales and values alternate within each
-block. With byte i of every block beside each other, Q4_1 comes to 0.91 and bfloat16 to 0.70, so that is tried, and
-each chunk is kept in the form that is smallest. A difference is the XOR with the same place of the same tensor in
-an older version: where training moved weights a little, most of its bits are zero (see decision 9 for the numbers).
+Quantized weights hardly compress as they stand (0.96 of their size), since scales and values alternate within
+each block. With byte i of every block beside each other, Q4_1 comes to 0.91 and bfloat16 to 0.70, so that is
+tried, and each chunk is kept in the form that is smallest. A difference is the XOR with the same place of the
+same tensor in an older version: where training moved weights a little, most of its bits are zero (see
+decision 9 for the numbers).
 
-`unpack` takes bytes from a mirror: nothing is allocated by what they say of themselves, and the caller compares
-the sha256 of what comes out.
+`unpack` takes bytes from a mirror: nothing is allocated by what they say of themselves, and the caller
+compares the sha256 of what comes out.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from __future__ import annotations
 from lichen.errors import SourceError
 
 LEVEL = 3  # of zstd; 9 gains less than 1 % more on weights at a fifth of the speed
-WORTH = 0.97  # a compressed form has to be smaller than this part of the chunk; below, unpacking time is not paid
+WORTH = (
+    0.97  # a compressed form has to be smaller than this part of the chunk; below, unpacking time is not paid
+)
 DELTA_WORTH = 0.9  # a difference has to be smaller than this part of what the chunk takes without it
 
 

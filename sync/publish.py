@@ -4,9 +4,9 @@
     packs/<sha256 of the pack>     the stored forms of chunks, one after the other, without any header
     files/<sha256 of the file>     the file as it is: for clients without packs, and when packs are gone
 
-Invariants: what lies under a name never changes; a recipe appears after everything that it names. A chunk that any
-recipe of the mirror already places is not stored again. Publishing the same file twice changes nothing.
-Not covered: removing old versions; one publisher at a time.
+Invariants: what lies under a name never changes; a recipe appears after everything that it names. A chunk
+that any recipe of the mirror already places is not stored again. Publishing the same file twice changes
+nothing. Not covered: removing old versions; one publisher at a time.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ class _Source(msgspec.Struct, frozen=True):
 def publish_file(path: Path, mirror: Path, *, previous: Path | None = None, whole: bool = True) -> Recipe:
     """Put a file on the mirror under the folder `mirror`; returns its recipe. Blocks.
 
-    previous: an older version of it that devices have: chunks then get a difference to it where that is smaller.
-    whole: also keep the file as it is (a hard link where the file system allows it).
-    Raises StoreError for a file or folder that cannot be read or written.
+    previous: an older version of it that devices have: chunks then get a difference to it where that is
+    smaller. whole: also keep the file as it is (a hard link where the file system allows it). Raises
+    StoreError for a file or folder that cannot be read or written.
     """
     for folder in ("recipes", "packs", "files"):
         (mirror / folder).mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
 """The recipe of a file: its chunks in order, and where packs keep their bytes.
 
-A recipe comes from a mirror and is not believed: `decode` checks every number against bounds before anything is
-allocated or asked for by it, and names of packs are hashes, so that no path can be smuggled in. A recipe that
-passes can still lie about contents; each chunk's sha256 and then the whole file's, which the caller has from a
-trusted place, find that out.
+A recipe comes from a mirror and is not believed: `decode` checks every number against bounds before anything
+is allocated or asked for by it, and names of packs are hashes, so that no path can be smuggled in. A recipe
+that passes can still lie about contents; each chunk's sha256 and then the whole file's, which the caller has
+from a trusted place, find that out.
 
 On the wire it is MessagePack: about 60 bytes a chunk, nearly all of them hashes.
 """
@@ -50,8 +50,9 @@ class Piece(msgspec.Struct, frozen=True, array_like=True):
     """How a pack keeps one chunk.
 
     chunk: index into the recipe's chunks. pack: index into its packs. offset, stored: bytes within the pack.
-    stride: 0 stored as it is; 1 zstd; n > 1 zstd over byte planes (byte i of every n bytes beside each other).
-    base: sha256 of the chunk of equal length whose bytes must be XORed with the result; None if it stands alone.
+    stride: 0 stored as it is; 1 zstd; n > 1 zstd over byte planes (byte i of every n bytes beside each
+    other). base: sha256 of the chunk of equal length whose bytes must be XORed with the result; None if it
+    stands alone.
     """
 
     chunk: int
@@ -65,8 +66,8 @@ class Piece(msgspec.Struct, frozen=True, array_like=True):
 class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A file of `size` bytes with `sha256` (hex): its chunks in order, and pieces that hold them.
 
-    A chunk that occurs twice has pieces for its first place only. pieces are in the order of (pack, offset) and do
-    not overlap. whole: the mirror also keeps the file as it is, at `whole_path`.
+    A chunk that occurs twice has pieces for its first place only. pieces are in the order of (pack, offset)
+    and do not overlap. whole: the mirror also keeps the file as it is, at `whole_path`.
     """
 
     version: int = VERSION
@@ -101,6 +102,12 @@ def decode(data: bytes, sha256: str) -> Recipe:
         recipe = msgspec.msgpack.decode(data, type=Recipe)
     except (msgspec.DecodeError, RecursionError) as error:
         raise _unsound(str(error).rstrip(".")) from error
+    check(recipe, sha256)
+    return recipe
+
+
+def check(recipe: Recipe, sha256: str) -> None:
+    """Whether a recipe is one of the file with this sha256 and keeps every bound. Raises SourceError."""
     if recipe.version != VERSION:
         raise SourceError(
             f"The recipe has version {recipe.version}, but this lichen reads version {VERSION}.",
@@ -111,7 +118,6 @@ def decode(data: bytes, sha256: str) -> Recipe:
     _check_chunks(recipe)
     _check_packs(recipe.packs)
     _check_pieces(recipe)
-    return recipe
 
 
 def _check_chunks(recipe: Recipe) -> None:
@@ -160,5 +166,6 @@ def _check_pieces(recipe: Recipe) -> None:
 
 def _unsound(what: str) -> SourceError:
     return SourceError(
-        f"The recipe from the mirror is not sound: {what}.", hint="Publish the file again, or use another mirror."
+        f"The recipe from the mirror is not sound: {what}.",
+        hint="Publish the file again, or use another mirror.",
     )

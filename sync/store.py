@@ -206,7 +206,7 @@ class Store:
         )
 
     def place(self, staged: Path, digest: str) -> Path:
-        """Move a complete file, whose sha256 is `digest` in hex, to its place as a blob; returns that place."""
+        """Move a complete file, whose sha256 in hex is `digest`, to its place as a blob, and return that."""
         blob = self.blob(digest)
         blob.parent.mkdir(parents=True, exist_ok=True)
         if blob.is_file():

@@ -1,8 +1,8 @@
 """Chunks inside the files that the store already has, read where they lie: no byte is kept twice.
 
 `recipes/<sha256>` in the store says how a blob divides into chunks. It is only a note: where it is missing or
-cannot be read, the blob is cut again (about a second a gigabyte), and each chunk is hashed when it is read, so a
-blob that rotted gives no wrong bytes, only none.
+cannot be read, the blob is cut again (about a second a gigabyte), and each chunk is hashed when it is read,
+so a blob that rotted gives no wrong bytes, only none.
 """
 
 from __future__ import annotations
