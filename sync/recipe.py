@@ -100,7 +100,7 @@ def decode(data: bytes, sha256: str) -> Recipe:
         raise _unsound(f"it has {len(data)} bytes, more than {MAX_RECIPE}")
     try:
         recipe = msgspec.msgpack.decode(data, type=Recipe)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _unsound(str(error).rstrip(".")) from error
     check(recipe, sha256)
     return recipe

@@ -1,6 +1,6 @@
 """A process that pulls one file by chunks, to be killed: `python pull_process.py STORE SHA256 URL COUNTER`.
 
-COUNTER is a file whose first 8 bytes always hold how many bytes the mirror has delivered, also after `kill -9`.
+COUNTER is a file whose first 8 bytes hold how many bytes the mirror has delivered, also after `kill -9`.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ def weights(seed: int = 0, layers: int = LAYERS) -> dict[str, bytes]:
     """Tensors by name, [ROWS, WIDTH] float16, normally distributed, and the small embedding that a model needs."""
     random = np.random.default_rng(seed)
     names = ["token_embd.weight", *(f"blk.{layer}.ffn_up.weight" for layer in range(layers))]
-    return {name: (random.standard_normal((ROWS, WIDTH)) * 0.02).astype(np.float16).tobytes() for name in names}
+    shape = (ROWS, WIDTH)
+    return {name: (random.standard_normal(shape) * 0.02).astype(np.float16).tobytes() for name in names}
 
 
 def nudged(tensor: bytes, amount: float, seed: int = 1) -> bytes:
