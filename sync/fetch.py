@@ -74,7 +74,7 @@ async def fetch(
     connections: int = CONNECTIONS,
     patience: float = PATIENCE,
 ) -> Path:
-    """Have the recipe's file in the store; returns the blob. After a cancel, the next call goes on from there.
+    """Have the recipe's file in the store; returns the blob. After a cancel the next call continues.
 
     mirrors: the preferred one first. pace: limits the rate. patience: seconds without a byte that are too
     many. Raises SourceError when no mirror gives what is missing, HashMismatch when even the whole file is

@@ -1,10 +1,10 @@
 """How one chunk is kept in a pack: as it is, compressed, or as its difference to an older chunk.
 
-Quantized weights hardly compress as they stand (0.96 of their size), since scales and values alternate within
-each block. With byte i of every block beside each other, Q4_1 comes to 0.91 and bfloat16 to 0.70, so that is
-tried, and each chunk is kept in the form that is smallest. A difference is the XOR with the same place of the
-same tensor in an older version: where training moved weights a little, most of its bits are zero (see
-decision 9 for the numbers).
+Quantized weights hardly compress as they stand (0.96 of their size), since scales and values alternate
+within each block. With byte i of every block beside each other, Q4_1 comes to 0.91 and bfloat16 to 0.70; a
+chunk that gains nothing by it is kept as it is. A difference is the XOR with the same place of the same
+tensor in an older version: where training moved weights a little, most of its bits are zero (see decision 9
+for the numbers).
 
 `unpack` takes bytes from a mirror: nothing is allocated by what they say of themselves, and the caller
 compares the sha256 of what comes out.
@@ -15,23 +15,17 @@ from __future__ import annotations
 from lichen.errors import SourceError
 
 LEVEL = 3  # of zstd; 9 gains less than 1 % more on weights at a fifth of the speed
-WORTH = (
-    0.97  # a compressed form has to be smaller than this part of the chunk; below, unpacking time is not paid
-)
+WORTH = 0.97  # a compressed form has to be smaller than this part of the chunk, or it is not worth unpacking
 DELTA_WORTH = 0.9  # a difference has to be smaller than this part of what the chunk takes without it
 
 
 def pack(data: bytes, block: int) -> tuple[bytes, int]:
-    """The smallest form of a chunk: stored bytes and stride (0 as it is, 1 zstd, n zstd over n byte planes).
+    """The smaller form of a chunk: stored bytes and stride (0 as it is, 1 zstd, n zstd over n byte planes).
 
     block: bytes of a block of its type, 1 where there is none.
     """
-    best, stride = data, 0
-    for candidate in {1, block}:
-        compressed = _compress(_planes(data, candidate))
-        if len(compressed) < min(len(best), int(len(data) * WORTH)):
-            best, stride = compressed, candidate
-    return best, stride
+    compressed = _compress(_planes(data, block))
+    return (compressed, block) if len(compressed) < len(data) * WORTH else (data, 0)
 
 
 def pack_delta(data: bytes, base: bytes, block: int, alone: int) -> tuple[bytes, int] | None:
@@ -39,9 +33,8 @@ def pack_delta(data: bytes, base: bytes, block: int, alone: int) -> tuple[bytes,
 
     alone: bytes that the chunk takes without it.
     """
-    stride = max(block, 1)
-    compressed = _compress(_planes(_xor(data, base), stride))
-    return (compressed, stride) if len(compressed) < alone * DELTA_WORTH else None
+    compressed = _compress(_planes(_xor(data, base), block))
+    return (compressed, block) if len(compressed) < alone * DELTA_WORTH else None
 
 
 def unpack(stored: bytes, stride: int, length: int, base: bytes | None = None) -> bytes:

@@ -184,7 +184,7 @@ class _Reader:
         self._waited, self._came = 0.0, 0
 
     async def take(self, want: Want) -> bytes:
-        """The stored bytes of the next want. Raises SourceError for a mirror that is slow or sends too much."""
+        """The stored bytes of the next want. Raises SourceError if the mirror is slow or sends too much."""
         skipped = want.offset - self._at
         while len(self._buffer) < skipped + want.stored:
             began = time.monotonic()

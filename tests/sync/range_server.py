@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 class RangeServer:
-    """Serves the files under `folder`. pause: seconds for every 64 KiB. ignore_ranges: always the whole file."""
+    """Serves the files under `folder`. pause: seconds for each 64 KiB. ignore_ranges: send whole files."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

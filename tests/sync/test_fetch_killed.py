@@ -1,4 +1,4 @@
-"""A pull that is killed, again and again: it goes on, loses at most what was in flight, and keeps the store sound."""
+"""A pull that is killed, again and again: it goes on and loses at most what was in flight."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Puller:
         self.blob = self.store.blob(recipe.sha256)
 
     def run(self, moment: float | None) -> bool:
-        """One pull, killed `moment` seconds after its first byte (None: not at all); whether it ended by itself."""
+        """One pull, killed `moment` seconds after its first byte (None: never); whether it was done."""
         self._counter.unlink(missing_ok=True)
         before = held(self.partial, self.recipe)
         root = Path(__file__).parent.parent.parent

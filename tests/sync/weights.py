@@ -14,7 +14,7 @@ LAYERS, WIDTH, ROWS = 6, 256, 1024  # a tensor of ROWS rows in F16 has 512 KiB
 
 
 def weights(seed: int = 0, layers: int = LAYERS) -> dict[str, bytes]:
-    """Tensors by name, [ROWS, WIDTH] float16, normally distributed, and the small embedding that a model needs."""
+    """Tensors by name, [ROWS, WIDTH] float16, normally distributed, with the embedding that a model needs."""
     random = np.random.default_rng(seed)
     names = ["token_embd.weight", *(f"blk.{layer}.ffn_up.weight" for layer in range(layers))]
     shape = (ROWS, WIDTH)
