@@ -20,6 +20,7 @@ from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import zstandard
 
 from bench import versions
@@ -92,7 +93,7 @@ def _cases(model: Path, folder: Path) -> list[dict[str, Any]]:
     count = round(SHARE * len(tensor_places(model)))
     for title, nudge in (("8 of 272 tensors trained", versions.NUDGE), ("8 of 272 tensors new", None)):
         for seed in range(SEEDS):
-            names = set(versions.np.random.default_rng(seed).choice(layers, count, replace=False).tolist())
+            names = set(np.random.default_rng(seed).choice(layers, count, replace=False).tolist())
             versions.changed(model, new, names, nudge=nudge, seed=seed)
             cases.append(_case(f"{title}, {seed}", model, new, folder))
     embedding = {"token_embd.weight"}
@@ -166,23 +167,11 @@ def _zstd_cost(path: Path) -> int:
 def _speed(folder: Path) -> dict[str, Any]:
     """Publishing and pulling a gigabyte of weights, each in a process of its own."""
     source = folder / "gigabyte.gguf"
-    _gigabyte(source)
+    versions.gigabyte(source)
     work = folder / "speed"
     published = _process("publish", str(source), str(work / "mirror"))
     pulled = _process("pull", published["sha256"], str(work / "mirror"), str(work / "store"))
     return {"publish": published, "pull": pulled}
-
-
-def _gigabyte(path: Path) -> None:
-    """Half-precision weights as one tensor after the other, in a GGUF that no engine has to load."""
-    from tests.sync.weights import gguf_of
-
-    random = versions.np.random.default_rng(0)
-    tensors = {"token_embd.weight": bytes(512 * 4)}
-    for layer in range(64):
-        values = random.standard_normal((8 << 20,), versions.np.float32) * 0.02
-        tensors[f"blk.{layer}.weight"] = values.astype(versions.np.float16).tobytes()
-    path.write_bytes(gguf_of(tensors))
 
 
 def _process(*work: str) -> dict[str, Any]:

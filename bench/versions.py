@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from gguf.quants import dequantize, quantize
 
-from lichen.quant.gguf_check import GGML_TYPES, TensorPlace, tensor_places
+from lichen.quant.gguf_check import GGML_TYPES, tensor_places
 
 NUDGE = 1e-3  # a merged adapter's part of the weights' spread
 RANK = 8
 _TYPES = {name: number for number, (name, _, _) in GGML_TYPES.items()}
-
-Change = Callable[[TensorPlace, np.ndarray], np.ndarray]
 
 
 def changed(source: Path, target: Path, names: set[str], *, nudge: float | None, seed: int) -> None:
@@ -76,6 +74,19 @@ def templated(source: Path, target: Path, template: bytes) -> None:
     target.write_bytes(header + bytes(-len(header) % 32) + data[first:])
 
 
+def gigabyte(path: Path) -> None:
+    """A GGUF of 64 tensors of 16 MiB, normally distributed half-precision weights, that no engine has to load."""
+    random = np.random.default_rng(0)
+    writer = GGUFWriter(path, "llama")
+    for layer in range(64):
+        values = random.standard_normal((2048, 4096), np.float32) * 0.02
+        writer.add_tensor(f"blk.{layer}.ffn_up.weight", values.astype(np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def _moved(values: np.ndarray, nudge: float, random: np.random.Generator) -> np.ndarray:
     """Weights [rows, columns] plus a low-rank change, as merging an adapter makes it."""
     values = values.astype(np.float32)
@@ -83,7 +94,8 @@ def _moved(values: np.ndarray, nudge: float, random: np.random.Generator) -> np.
     change = random.standard_normal((flat.shape[0], RANK), np.float32) @ random.standard_normal(
         (RANK, flat.shape[1]), np.float32
     )
-    return (flat + change / change.std() * values.std() * nudge).reshape(values.shape).astype(np.float32)
+    moved: np.ndarray = flat + change / change.std() * values.std() * nudge
+    return moved.reshape(values.shape).astype(np.float32)
 
 
 def _header_end(reader: GGUFReader) -> int:

@@ -25,7 +25,8 @@ def nudged(tensor: bytes, amount: float, seed: int = 1) -> bytes:
     """Float16 weights after a little training: each moved by `amount` of their spread."""
     values = np.frombuffer(tensor, np.float16).astype(np.float32)
     moves = np.random.default_rng(seed).standard_normal(values.shape) * values.std() * amount
-    return (values + moves).astype(np.float16).tobytes()
+    moved: bytes = (values + moves).astype(np.float16).tobytes()
+    return moved
 
 
 def gguf_of(tensors: Mapping[str, bytes], template: str = "{{ messages }}") -> bytes:
