@@ -10,13 +10,14 @@ Not covered: the values of the weights.
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from lichen.errors import ModelFileError
-from lichen.quant.formats import INTEGERS, ValueType
+from lichen.quant.formats import BLOCKS, INTEGERS, ValueType
 from lichen.quant.gguf_header import (
     ArraySpan,
     Bytes,
@@ -30,6 +31,8 @@ from lichen.quant.gguf_header import (
 
 SHOWN_ITEMS = 16  # longer arrays are summarised, except whole numbers that may be one a layer
 MAX_LAYERS = 1024
+
+_Found = TypeVar("_Found")
 
 
 class GGUFArray(msgspec.Struct, frozen=True):
@@ -57,11 +60,32 @@ class GGUFSummary(msgspec.Struct, frozen=True, kw_only=True):
     matrix_bytes: dict[str, int]
 
 
+class TensorPlace(msgspec.Struct, frozen=True):
+    """Where a tensor lies: offset from the file's first byte, its size and that of a block, in bytes."""
+
+    name: str
+    offset: int
+    size: int
+    block: int
+
+
 def check_gguf(path: Path) -> GGUFSummary:
     """Read the header of a GGUF and check it. O(header); the weights are not read.
 
     Raises ModelFileError that names what is wrong and where.
     """
+    return _with_header(path, _summary)
+
+
+def tensor_places(path: Path) -> list[TensorPlace]:
+    """Where the tensors of any GGUF lie (a model's or an adapter's), in the order of their bytes.
+
+    Only the format is checked, not what llama.cpp needs of a model. Raises ModelFileError.
+    """
+    return _with_header(path, _places)
+
+
+def _with_header(path: Path, read: Callable[[Bytes, Header], _Found]) -> _Found:
     if not path.is_file():
         raise ModelFileError(f"{path} is not a file.")
     try:
@@ -69,9 +93,14 @@ def check_gguf(path: Path) -> GGUFSummary:
             if path.stat().st_size == 0:
                 raise ModelFileError(f"{path.name} is not a GGUF: it has only 0 bytes.")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _summary(data, read_header(data, path.name))
+                return read(data, read_header(data, path.name))
     except OSError as error:
         raise ModelFileError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _places(_data: Bytes, header: Header) -> list[TensorPlace]:
+    spans = sorted(header.tensors, key=lambda span: span.start)
+    return [TensorPlace(span.name, span.start, span.size, BLOCKS[span.type][1]) for span in spans]
 
 
 def _summary(data: Bytes, header: Header) -> GGUFSummary:

@@ -86,7 +86,7 @@ async def _fetch(client: httpx.AsyncClient, origin: Origin, partial: Path, repor
     headers = {"Accept-Encoding": "identity"}
     if have and note is not None:
         headers |= {"Range": f"bytes={have}-"} | ({"If-Range": note.validator} if note.validator else {})
-    async with _open(client, origin, headers) as answer:
+    async with opened(client, origin, headers) as answer:
         if answer.status_code == 416 and have:  # nothing after what we have: it is complete, or not ours
             total = answer.headers.get("Content-Range", "").rpartition("/")[2]
             if total == str(have):
@@ -108,7 +108,7 @@ async def _fetch(client: httpx.AsyncClient, origin: Origin, partial: Path, repor
         await _append(answer, partial, have, total, report)
 
 
-class _open:
+class opened:
     """A streamed GET that follows redirects by hand: secrets stay with the first host."""
 
     def __init__(self, client: httpx.AsyncClient, origin: Origin, headers: dict[str, str]) -> None:

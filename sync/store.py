@@ -4,6 +4,7 @@
     models/<name>.json     manifests
     partial/               downloads under way, resumable
     locks/                 one lock file a reference, so that two pulls of it do the work once
+    recipes/<hex>          which chunks a blob is made of (sync/stored.py); made again when it is not there
 
 Invariants: a blob is complete and has its hash before its name exists (written aside, synced, renamed);
 a manifest appears after its blob. A reader therefore never sees half a file, whenever a process dies.
@@ -85,7 +86,7 @@ class Store:
 
     def blob_path(self, manifest: ModelManifest) -> Path:
         """The model file. Raises StoreError if it has gone."""
-        path = self._blob(manifest.sha256)
+        path = self.blob(manifest.sha256)
         if not path.is_file():
             raise StoreError(
                 f"The file of {manifest.name} has gone from the store.",
@@ -101,7 +102,7 @@ class Store:
         return next((self._present(m) for m in self.manifests() if m.source == source), None)
 
     def _present(self, manifest: ModelManifest) -> ModelManifest | None:
-        return manifest if self._blob(manifest.sha256).is_file() else None
+        return manifest if self.blob(manifest.sha256).is_file() else None
 
     async def pull(
         self,
@@ -124,7 +125,7 @@ class Store:
         if name is not None:
             self._manifest_path(name)  # refuses a bad name before any work
         report = _throttled(progress)
-        async with self._locked(source):
+        async with self.locked(source):
             found = self._find(source, name, pin)
             if found is not None:
                 report(PullProgress("done", found.size, found.size))
@@ -190,17 +191,7 @@ class Store:
         self, staged: Path, source: str, origin: Origin, name: str | None, digest: str, summary: GGUFSummary
     ) -> ModelManifest:
         """Give a checked file its place, then its manifest."""
-        size = staged.stat().st_size
-        blob = self._blob(digest)
-        blob.parent.mkdir(parents=True, exist_ok=True)
-        if blob.is_file():
-            staged.unlink()
-        else:
-            with staged.open("rb") as file:
-                os.fsync(file.fileno())
-            staged.chmod(0o444)
-            staged.replace(blob)
-            _sync_folder(blob.parent)
+        size = self.place(staged, digest).stat().st_size
         return self._write(
             ModelManifest(
                 name=name or self._free_name(origin.file_name, digest),
@@ -213,6 +204,20 @@ class Store:
                 file_name=origin.file_name,
             )
         )
+
+    def place(self, staged: Path, digest: str) -> Path:
+        """Move a complete file, whose sha256 in hex is `digest`, to its place as a blob, and return that."""
+        blob = self.blob(digest)
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        if blob.is_file():
+            staged.unlink()
+        else:
+            with staged.open("rb") as file:
+                os.fsync(file.fileno())
+            staged.chmod(0o444)
+            staged.replace(blob)
+            _sync_folder(blob.parent)
+        return blob
 
     def _free_name(self, file_name: str, digest: str) -> str:
         """A name made from a file's, which no other model has."""
@@ -229,7 +234,7 @@ class Store:
         self._manifest_path(name).unlink()
         if any(other.sha256 == manifest.sha256 for other in self.manifests()):
             return 0
-        self._blob(manifest.sha256).unlink(missing_ok=True)
+        self.blob(manifest.sha256).unlink(missing_ok=True)
         return manifest.size
 
     async def verify(self, name: str) -> None:
@@ -244,7 +249,8 @@ class Store:
                 hint=f"Remove and pull it again: lichen rm {name}",
             )
 
-    def _blob(self, sha256: str) -> Path:
+    def blob(self, sha256: str) -> Path:
+        """Where the file with this sha256 (64 hexadecimal digits) lies, or would lie."""
         return self.root / "blobs" / "sha256" / sha256
 
     def _manifest_path(self, name: str) -> Path:
@@ -279,8 +285,8 @@ class Store:
         return manifest
 
     @asynccontextmanager
-    async def _locked(self, source: str) -> AsyncIterator[None]:
-        """Hold the lock of one source, waiting for another process without blocking the loop."""
+    async def locked(self, source: str) -> AsyncIterator[None]:
+        """Hold the lock of one source (any text), waiting for another process without blocking the loop."""
         from filelock import FileLock, Timeout
 
         folder = self.root / "locks"
