@@ -121,7 +121,7 @@ class Journal:
         request, answer = encode(kept.request).decode(), encode(kept.answer).decode()
         if len(request) + len(answer) > self._limit // SHARE:
             raise PayloadTooLarge(
-                f"One answer may take at most {self._limit // SHARE:,} bytes of the journal, a quarter of it.",
+                f"One answer may take a quarter of the journal, {self._limit // SHARE:,} bytes.",
                 hint="Raise journal_limit, or do not keep this one.",
             )
         values = msgspec.structs.asdict(kept) | {"id": new_id(), "request": request, "answer": answer}
@@ -138,7 +138,7 @@ class Journal:
         found = self._find(owner, response, choice)
         if found is None:
             raise NotKept(
-                f"The response {response!r} (choice {choice}) was not kept, so there is nothing to learn from.",
+                f"The response {response!r} (choice {choice}) was not kept: there is nothing to learn from.",
                 hint='Ask with "store": true, or send its messages and answer along with the feedback.',
                 param="response_id",
             )
@@ -165,7 +165,7 @@ class Journal:
             raise _unknown(id)
         return _record(row)
 
-    def list(self, owner: str | None = None, *, after: str | None = None, limit: int = 20) -> list[Entry]:
+    def entries(self, owner: str | None = None, *, after: str | None = None, limit: int = 20) -> list[Entry]:
         """Records without their texts, newest first, those after `after`. Raises NotFound for its id."""
         with translated(self.path):
             last = (1 << 62) if after is None else self._place(after, owner)

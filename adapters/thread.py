@@ -16,6 +16,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -215,7 +216,5 @@ def _commit(journal: Journal, batch: Sequence[_Job]) -> list[_Outcome]:
 
 
 def _tell(job: _Job, outcome: _Outcome) -> None:
-    try:
+    with suppress(RuntimeError):  # its loop has ended
         job.loop.call_soon_threadsafe(job.told, outcome.value, outcome.error)
-    except RuntimeError:  # its loop has ended
-        pass

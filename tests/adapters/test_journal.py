@@ -85,11 +85,11 @@ def test_a_listing_goes_page_by_page(path: Path) -> None:
     with open_journal(path) as journal:
         with journal.writing():
             ids = [journal.keep(kept(f"r{n}", owner="key_a" if n % 2 else "key_b")) for n in range(10)]
-        assert [entry.id for entry in journal.list(limit=3)] == ids[:-4:-1]
-        assert [entry.id for entry in journal.list(after=ids[7], limit=2)] == [ids[6], ids[5]]
-        assert [entry.id for entry in journal.list("key_a")] == ids[9::-2]
+        assert [entry.id for entry in journal.entries(limit=3)] == ids[:-4:-1]
+        assert [entry.id for entry in journal.entries(after=ids[7], limit=2)] == [ids[6], ids[5]]
+        assert [entry.id for entry in journal.entries("key_a")] == ids[9::-2]
         with pytest.raises(NotFound):
-            journal.list("key_a", after=ids[0])
+            journal.entries("key_a", after=ids[0])
 
 
 def test_a_key_sees_and_forgets_only_its_own(path: Path) -> None:
@@ -122,7 +122,7 @@ def test_what_is_undone_was_never_there(path: Path) -> None:
             with pytest.raises(ZeroDivisionError), journal.step():
                 journal.keep(kept("c"))
                 raise ZeroDivisionError
-        assert [entry.response for entry in journal.list()] == ["b"]
+        assert [entry.response for entry in journal.entries()] == ["b"]
 
 
 # Forgetting
@@ -273,7 +273,7 @@ def test_the_bound_holds_and_what_nobody_rated_makes_room(path: Path) -> None:
         assert journal.make_room()
         with journal.writing():
             journal.keep(kept("new", answer=text))
-        left = [entry.response for entry in journal.list(limit=1000)]
+        left = [entry.response for entry in journal.entries(limit=1000)]
         assert "rated" in left
         assert "r0" not in left
         with pytest.raises(PayloadTooLarge, match="a quarter"), journal.writing():

@@ -30,7 +30,7 @@ async def journal(tmp_path: Path) -> AsyncIterator[JournalThread]:
 
 def read(path: Path) -> list[str]:
     with closing(Journal.open(path)) as journal:
-        return [entry.response for entry in journal.list(limit=10_000)]
+        return [entry.response for entry in journal.entries(limit=10_000)]
 
 
 async def test_nothing_is_made_before_it_is_needed(journal: JournalThread) -> None:
@@ -116,9 +116,9 @@ async def test_damage_while_it_is_open_is_noticed(journal: JournalThread) -> Non
             file.seek(4096)
             file.write(b"\xa5" * 40_000)
         assert await journal.do(lambda j: j.keep(kept("after")))
-        assert await journal.do(lambda j: j.list(limit=1000))
+        assert await journal.do(lambda j: j.entries(limit=1000))
     assert read(journal.path) == ["after"]
-    assert len(list(journal.path.parent.glob("journal.db.damaged-*"))) == 1
+    assert len(list(journal.path.parent.glob("journal.db.damaged-*Z"))) == 1
 
 
 async def test_a_file_that_was_moved_away_is_noticed_before_the_answer(journal: JournalThread) -> None:
