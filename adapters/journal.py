@@ -329,17 +329,6 @@ class Journal:
         return int(row[0])
 
 
-def size_on_disk(path: Path) -> int:
-    """Bytes of a journal with its log of changes; 0 where there is none."""
-    sizes = 0
-    for name in (path, path.with_name(path.name + "-wal")):
-        try:
-            sizes += name.stat().st_size
-        except OSError:
-            continue
-    return sizes
-
-
 def _prepare(connection: sqlite3.Connection, path: Path, limit: int) -> None:
     """Check an opened file and set it up. Raises JournalDamaged, JournalError and sqlite3.Error."""
     connection.execute(f"PRAGMA page_size = {PAGE}")  # counts only before there is a table

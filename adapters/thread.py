@@ -67,6 +67,14 @@ class JournalThread:
         self._closing = False
         self._awake = threading.Condition()
 
+    def size_on_disk(self) -> int:
+        """Bytes of the file and its log of changes; 0 where there is none. Blocks for a moment."""
+        sizes = 0
+        for end in ("", "-wal"):
+            with suppress(OSError):
+                sizes += self.path.with_name(self.path.name + end).stat().st_size
+        return sizes
+
     async def do(self, work: Work[T], *, size: int = 0, scrub: bool = False) -> T:
         """Run `work` inside a transaction; durable when this returns. size: bytes that it holds meanwhile.
 

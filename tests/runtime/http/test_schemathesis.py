@@ -43,7 +43,7 @@ TEXTS = ("messages", "prompt", "input", "content")
 MESSAGES = 2  # in a conversation
 SHORT_TEXT = 10  # characters; exotic ones are several tokens each
 HANG_S = 20.0  # an answer of a few tokens takes a fraction of a second
-EXAMPLES = {"post": 16, "get": 3}  # of each kind for each operation in the short run
+EXAMPLES = {"post": 16, "get": 3, "delete": 3}  # of each kind for each operation in the short run
 SLOW_S = float(os.environ.get("FUZZ_SECONDS", "600"))
 
 load_all_checks()
@@ -99,7 +99,7 @@ def map_body(context: schemathesis.HookContext, body: Any) -> Any:
     fields = next(
         route.body.__struct_fields__
         for route in ROUTES
-        if route.body and context.operation and route.path == context.operation.path
+        if route.body and context.operation and route.id == context.operation.definition.raw["operationId"]
     )
     return cheap(body, fields)
 
