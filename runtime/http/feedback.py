@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import secrets
+from typing import TYPE_CHECKING
 
 import msgspec
 from aiohttp import web
 
-from lichen.adapters.journal import Journal
 from lichen.adapters.records import Entry, Kept, Opinion
 from lichen.adapters.thread import JournalThread
 from lichen.errors import JournalOff, NotKept
@@ -23,6 +23,9 @@ from lichen.runtime.http.journal_schema import (
 from lichen.runtime.http.keeping import asker
 from lichen.runtime.http.openai import read
 from lichen.runtime.metrics import ProcessMetrics
+
+if TYPE_CHECKING:  # the journal's thread imports SQLite once it is needed
+    from lichen.adapters.journal import Journal
 
 
 class FeedbackRoutes:

@@ -4,7 +4,10 @@ checked line by line, and there once it is whole; a key sees only its own."""
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from aiohttp import BodyPartReader, MultipartReader, web
 
@@ -15,6 +18,8 @@ from lichen.runtime.http.feedback import opened, struct_response
 from lichen.runtime.http.journal_schema import FileDeleted, FileList, FilesQuery, file_object, parse_query
 from lichen.runtime.http.keeping import asker
 from lichen.runtime.http.limits import arriving
+
+T = TypeVar("T")
 
 CHUNK = 1 << 18  # bytes
 MAX_FIELD = 1024  # bytes of a field that is not the file
@@ -31,6 +36,8 @@ class FileRoutes:
         self._store = store
         self._journal = journal
         self._read_timeout = read_timeout
+        # Its own threads, so that checking a large file keeps nothing else waiting.
+        self._workers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="lichen-files")
 
     def routes(self) -> list[web.RouteDef]:
         """Route table for `Application.add_routes`."""
@@ -47,19 +54,20 @@ class FileRoutes:
         store = self._opened()
         if request.content_type != "multipart/form-data":
             raise RequestError("A file comes as multipart/form-data, with the fields file and purpose.")
-        upload = await asyncio.to_thread(store.begin)
+        upload = await self._off_loop(store.begin)
         try:
             async with arriving(self._read_timeout) as more:
-                name = await _receive(request, upload, more)
-            file = await asyncio.to_thread(store.keep, upload, owner=asker(), name=name)
+                name = await self._receive(request, upload, more)
+            keep = functools.partial(store.keep, upload, owner=asker(), name=name)
+            file = await self._off_loop(keep)
         finally:
-            await asyncio.shield(asyncio.to_thread(upload.abandon))
+            await asyncio.shield(self._off_loop(upload.abandon))
         return struct_response(file_object(file))
 
     async def listing(self, request: web.Request) -> web.Response:
         """The files of the key that asks."""
         wanted = parse_query(request.query, FilesQuery)
-        files = await asyncio.to_thread(self._opened().files, asker())
+        files = await self._off_loop(functools.partial(self._opened().files, asker()))
         if wanted.order == "asc":
             files.reverse()
         if wanted.after is not None:
@@ -72,12 +80,14 @@ class FileRoutes:
 
     async def file(self, request: web.Request) -> web.Response:
         """One file."""
-        file = await asyncio.to_thread(self._opened().get, request.match_info["id"], asker())
+        get = functools.partial(self._opened().get, request.match_info["id"], asker())
+        file = await self._off_loop(get)
         return struct_response(file_object(file))
 
     async def content(self, request: web.Request) -> web.StreamResponse:
         """A file's bytes."""
-        path = await asyncio.to_thread(self._opened().content, request.match_info["id"], asker())
+        find = functools.partial(self._opened().content, request.match_info["id"], asker())
+        path = await self._off_loop(find)
         headers = {
             "Content-Type": "application/jsonl",
             "Content-Disposition": "attachment",
@@ -88,11 +98,40 @@ class FileRoutes:
     async def delete(self, request: web.Request) -> web.Response:
         """Delete a file, and taint whatever learned from it."""
         id, store = request.match_info["id"], self._opened()
-        await asyncio.to_thread(store.delete, id, asker())
+        await self._off_loop(functools.partial(store.get, id, asker()))
         adapters = await opened(self._journal).do(lambda journal: journal.forget_lessons([id]))
+        await self._off_loop(functools.partial(store.delete, id, asker()))
         return struct_response(
             FileDeleted(id=id, object="file", deleted=True, tainted_adapters=list(adapters))
         )
+
+    async def _receive(self, request: web.Request, upload: Upload, more: Callable[[int], None]) -> str:
+        """Read the form into `upload`; the file's name. Raises RequestError naming the field."""
+        name: str | None = None
+        purpose: str | None = None
+        try:
+            async for field, part in _parts(request):
+                if field == "file" and name is None:
+                    name = _name_of(part)
+                    while chunk := await part.read_chunk(CHUNK):
+                        more(len(chunk))
+                        await self._off_loop(functools.partial(upload.write, bytes(chunk)))
+                elif field == "purpose" and purpose is None:
+                    purpose = await _text(part)
+                elif field in ("file", "purpose"):
+                    raise RequestError(f"The field {field} is given twice.", param=field)
+                else:
+                    raise UnsupportedField(f"lichen does not know the field {field!r}.", param=field)
+        except (ValueError, AssertionError, LookupError) as error:  # what aiohttp raises for a broken form
+            raise RequestError("The form is not what multipart/form-data should be.") from error
+        if name is None:
+            raise RequestError("The field file is required.", param="file")
+        if purpose != PURPOSE:
+            raise RequestError(f"purpose must be {PURPOSE!r}: files are for learning.", param="purpose")
+        return name
+
+    async def _off_loop(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._workers, work)
 
     def _opened(self) -> FileStore:
         opened(self._journal)
@@ -100,45 +139,19 @@ class FileRoutes:
         return self._store
 
 
-async def _receive(request: web.Request, upload: Upload, more: Callable[[int], None]) -> str:
-    """Read the form into `upload`; the file's name. Raises RequestError naming the field."""
-    name: str | None = None
-    purpose: str | None = None
-    async for field, part in _parts(request):
-        if field == "file":
-            if name is not None:
-                raise RequestError("The field file is given twice.", param="file")
-            name = _name_of(part)
-            while chunk := await part.read_chunk(CHUNK):
-                more(len(chunk))
-                await asyncio.to_thread(upload.write, bytes(chunk))
-        elif field == "purpose":
-            purpose = await _text(part)
-        else:
-            raise UnsupportedField(f"lichen does not know the field {field!r}.", param=field)
-    if name is None:
-        raise RequestError("The field file is required.", param="file")
-    if purpose != PURPOSE:
-        raise RequestError(f"purpose must be {PURPOSE!r}: files are for learning.", param="purpose")
-    return name
-
-
 async def _parts(request: web.Request) -> AsyncIterator[tuple[str, BodyPartReader]]:
-    """The fields of a form, in their order. Raises RequestError for what is no form."""
-    try:
-        form = await request.multipart()
-        for _ in range(MAX_PARTS):
-            part = await form.next()
-            if part is None:
-                return
-            if isinstance(part, MultipartReader) or not part.name:
-                raise RequestError("Every part of the form must be a field with a name.")
-            if part.headers.get("Content-Transfer-Encoding", "binary").lower() not in PLAIN:
-                raise RequestError("The form must not be encoded; send its bytes as they are.")
-            yield part.name, part
-        raise RequestError(f"The form has more than {MAX_PARTS} parts.")
-    except (ValueError, AssertionError, LookupError) as error:
-        raise RequestError("The form is not what multipart/form-data should be.") from error
+    """The fields of a form, in their order. Raises RequestError, and ValueError for what is no form."""
+    form = await request.multipart()
+    for _ in range(MAX_PARTS + 1):
+        part = await form.next()
+        if part is None:
+            return
+        if isinstance(part, MultipartReader) or not part.name:
+            raise RequestError("Every part of the form must be a field with a name.")
+        if part.headers.get("Content-Transfer-Encoding", "binary").lower() not in PLAIN:
+            raise RequestError("The form must not be encoded; send its bytes as they are.")
+        yield part.name, part
+    raise RequestError(f"The form has more than {MAX_PARTS} parts.")
 
 
 async def _text(part: BodyPartReader) -> str:
