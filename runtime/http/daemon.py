@@ -22,9 +22,9 @@ import msgspec
 from aiohttp import web
 
 import lichen
-from lichen.errors import ConfigError, LichenError, Unavailable
 from lichen.adapters.files import FileStore
 from lichen.adapters.thread import JournalThread
+from lichen.errors import ConfigError, LichenError, Unavailable
 from lichen.runtime import memory, native
 from lichen.runtime.http.access_log import AccessLog, name_request, traced
 from lichen.runtime.http.feedback import FeedbackRoutes

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from aiohttp import BodyPartReader, MultipartReader, web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from lichen.adapters.files import FileStore, StoredFile, Upload
 from lichen.adapters.thread import JournalThread
@@ -122,7 +123,12 @@ class FileRoutes:
                     raise RequestError(f"The field {field} is given twice.", param=field)
                 else:
                     raise UnsupportedField(f"lichen does not know the field {field!r}.", param=field)
-        except (ValueError, AssertionError, LookupError) as error:  # what aiohttp raises for a broken form
+        except (
+            ValueError,
+            AssertionError,
+            LookupError,
+            HttpProcessingError,
+        ) as error:  # aiohttp's, of a form
             raise RequestError("The form is not what multipart/form-data should be.") from error
         if name is None:
             raise RequestError("The field file is required.", param="file")

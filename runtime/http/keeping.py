@@ -74,7 +74,9 @@ class Keeping:
         if len(texts) == len(prompts):
             return texts
         if body.store:
-            raise UnsupportedField("Answers to token ids are not kept; send the prompt as text.", param="store")
+            raise UnsupportedField(
+                "Answers to token ids are not kept; send the prompt as text.", param="store"
+            )
         return []
 
     def keeper(self, request: web.Request, kept: Requests, info: ModelInfo) -> KeepAnswers | None:

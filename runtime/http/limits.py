@@ -124,7 +124,7 @@ def is_upload(request: web.Request) -> bool:
 
 @asynccontextmanager
 async def arriving(limit_s: float) -> AsyncIterator[Callable[[int], None]]:
-    """Bound an upload's time: limit_s seconds, and more as bytes arrive; call what it yields with their number.
+    """Bound an upload's time: limit_s seconds, and more as bytes arrive; tell what it yields their number.
 
     Raises what `read_body` raises.
     """

@@ -57,7 +57,7 @@ def test_the_three_forms_are_read(tmp_path: Path) -> None:
     assert second.messages[0] == {"role": "system", "content": "Be kind."}
     assert second.messages[2]["tool_calls"] == [CALL]
     assert [message.get("weight") for message in second.messages] == [None, None, 0, None, 1]
-    assert second.tools == tuple(tools["tools"])
+    assert second.tools == ({"type": "function", "function": {"name": "look"}},)
     assert (third.kind, third.prompt, third.completion) == ("completion", "1, 2,", " 3")
     (pair,) = read_lessons(write(tmp_path / "pairs.jsonl", PAIR))
     assert (pair.kind, pair.messages, pair.preferred) == ("preference", (USER,), (MOSS,))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import threading
 import time
@@ -59,8 +60,13 @@ async def test_many_share_a_commit_and_come_in_order(
     await asyncio.sleep(0.05)
     told: list[Any] = []
     for n in range(100):
-        journal.post(lambda j, n=n: j.keep(kept(f"r{n}")), size=10, told=lambda value, _: told.append(value))
-    rated = [journal.do(lambda j, n=n: j.rate(NOBODY, f"r{n}", 0, Opinion(rating="up"))) for n in range(100)]
+        keep = functools.partial(Journal.keep, kept=kept(f"r{n}"))
+        journal.post(keep, size=10, told=lambda value, _: told.append(value))
+    up = Opinion(rating="up")
+    rated = [
+        journal.do(functools.partial(Journal.rate, owner=NOBODY, response=f"r{n}", choice=0, opinion=up))
+        for n in range(100)
+    ]
     missing = journal.do(lambda j: j.rate(NOBODY, "none", 0, Opinion(rating="up")))
     waiting = asyncio.gather(*rated, missing, return_exceptions=True)
     await asyncio.sleep(0)
@@ -162,7 +168,7 @@ async def test_answers_that_nobody_rated_make_room(tmp_path: Path) -> None:
     journal = JournalThread(tmp_path / "journal.db", limit=1_000_000)
     errors: list[Any] = []
     for n in range(100):
-        work = lambda j, n=n: j.keep(kept(f"r{n}", answer={"content": "m" * 30_000}))  # noqa: E731
+        work = functools.partial(Journal.keep, kept=kept(f"r{n}", answer={"content": "m" * 30_000}))
         journal.post(work, size=30_000, told=lambda _, error: errors.append(error))
         await asyncio.sleep(0)
     await journal.do(Journal.count)
