@@ -1,4 +1,4 @@
-"""Records of the journal as lines that `lessons.py` reads back: what is worth imitating, and what is better."""
+"""Records of the journal as lines that `lessons.py` reads back: what to imitate, and what is better."""
 
 from __future__ import annotations
 

@@ -235,9 +235,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     journal: Annotated[
         JournalPolicy,
         _about(
-            "Which answers are kept under learning/ of the home, to be learned from: off keeps none and takes "
-            "no feedback; ask keeps those whose request says 'store: true' or whose API key was made with "
-            "--keep; all keeps every one unless its request says 'store: false'.",
+            "Which answers are kept under learning/ of the home, to be learned from: off keeps none and "
+            "takes no feedback; ask keeps those whose request says 'store: true' or whose API key was made "
+            "with --keep; all keeps every one unless its request says 'store: false'.",
             metavar="POLICY",
         ),
     ] = "ask"

@@ -128,7 +128,7 @@ class FileRoutes:
             AssertionError,
             LookupError,
             HttpProcessingError,
-        ) as error:  # aiohttp's, of a form
+        ) as error:
             raise RequestError("The form is not what multipart/form-data should be.") from error
         if name is None:
             raise RequestError("The field file is required.", param="file")
