@@ -44,6 +44,7 @@ _BOOLEANS = {
 }
 
 OriginKind = Literal["flag", "argument", "environment", "file", "default"]
+JournalPolicy = Literal["off", "ask", "all"]
 LogFormat = Literal["text", "json"]
 LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 
@@ -231,6 +232,35 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         Annotated[float, Meta(ge=0, le=3600)],
         _about("Seconds that running answers get to finish when the daemon stops.", metavar="SECONDS"),
     ] = 30.0
+    journal: Annotated[
+        JournalPolicy,
+        _about(
+            "Which answers are kept under learning/ of the home, to be learned from: off keeps none and "
+            "takes no feedback; ask keeps those whose request says 'store: true' or whose API key was made "
+            "with --keep; all keeps every one unless its request says 'store: false'.",
+            metavar="POLICY",
+        ),
+    ] = "ask"
+    journal_limit: Annotated[
+        Annotated[int, Meta(ge=1_000_000, le=1 << 40)],
+        _about(
+            "Disk space for the journal. Past it the oldest answers that nobody rated go first.",
+            metavar="BYTES",
+            allowed="a number of bytes from 1 MB to 1024 GiB, such as 500000000 or '2 GB'",
+            default="1 GB",
+            bytes=True,
+        ),
+    ] = 1_000_000_000
+    files_limit: Annotated[
+        Annotated[int, Meta(ge=0, le=1 << 50)],
+        _about(
+            "Disk space for uploaded files to learn from; 0 takes none.",
+            metavar="BYTES",
+            allowed="a number of bytes, such as 500000000 or '2 GB'; 0 for none",
+            default="2 GB",
+            bytes=True,
+        ),
+    ] = 2_000_000_000
     offline: Annotated[bool, _about("Never use the network to fetch a model.")] = False
     log_level: Annotated[
         LogLevel, _about("Least severe log lines to show, on standard error.", metavar="LEVEL")

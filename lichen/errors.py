@@ -5,10 +5,13 @@
     │   ├── UnsupportedField          400  a known field that lichen does not honour (never silence)
     │   ├── ContextOverflow           400  prompt longer than the context; carries both numbers
     │   ├── PayloadTooLarge           413  body over the limit
-    │   └── TemplateError             400  the model's chat template refused the messages
+    │   ├── TemplateError             400  the model's chat template refused the messages
+    │   └── LessonError               400  a file of lessons has bad lines; the message names the first
     ├── Unauthorized                  401  missing or wrong API key
     ├── Forbidden                     403  Host or Origin not allowed
     ├── NotFound                      404  no such model, route or response
+    │   └── NotKept                   404  feedback on a response whose content was not kept
+    ├── JournalOff                    409  feedback or files came to a daemon that keeps none
     ├── QueueFull                     429  admission queue is full; carries `retry_after` seconds
     ├── RateLimited                   429  too many requests from one client; carries `retry_after`
     ├── TimedOut                      504  no complete answer within the time that a request gets
@@ -20,6 +23,10 @@
     │   ├── HashMismatch              502  bytes do not match their pin
     │   ├── DiskFull                  507  not enough free space; carries both numbers
     │   └── OfflineError              503  offline mode forbids the network
+    ├── JournalError                  500  the feedback journal or the files beside it could not do it
+    │   ├── JournalDamaged            500  its file is not what lichen wrote; the daemon puts it aside
+    │   ├── JournalBusy               503  another process holds it, or too much waits to be written
+    │   └── JournalFull               507  the disk is full or the journal's bound is reached
     ├── ModelFileError                422  a GGUF that breaks its own rules
     ├── TensorError                   422  numbers or buffers that cannot be stored in a tensor's type
     └── EngineError                   500  the native engine failed
@@ -118,6 +125,20 @@ class NotFound(LichenError):
     status = 404
     code = "not_found"
     kind = "not_found_error"
+
+
+class NotKept(NotFound):
+    """Feedback on a response whose content was not kept, so that there is nothing to learn from."""
+
+    code = "not_kept"
+
+
+class JournalOff(LichenError):
+    """This daemon keeps neither feedback nor files: its setting `journal` is off."""
+
+    status = 409
+    code = "journal_off"
+    kind = "invalid_request_error"
 
 
 class QueueFull(LichenError):
@@ -220,6 +241,38 @@ class OfflineError(StoreError):
 
     status = 503
     code = "offline"
+
+
+class JournalError(LichenError):
+    """The feedback journal, or the files for learning beside it, could not do what was asked."""
+
+    code = "journal_error"
+
+
+class JournalDamaged(JournalError):
+    """The journal's file is not what lichen wrote."""
+
+    code = "journal_damaged"
+
+
+class JournalBusy(JournalError):
+    """Another process holds the journal, or too much waits to be written; nothing was done."""
+
+    status = 503
+    code = "journal_busy"
+
+
+class JournalFull(JournalError):
+    """The disk is full, or the journal has reached its bound; nothing was kept."""
+
+    status = 507
+    code = "journal_full"
+
+
+class LessonError(RequestError):
+    """A file of lessons that cannot be learned from as it is; the message names the first bad lines."""
+
+    code = "bad_lessons"
 
 
 class ModelFileError(LichenError):

@@ -90,6 +90,9 @@ METRICS = (
     _gauge("lichen_queue_limit", "Requests that may wait."),
     _counter("lichen_model_loads_total", "Times that a model was loaded."),
     _counter("lichen_model_evictions_total", "Times that a model was unloaded to make room."),
+    _counter("lichen_feedback_total", "Feedback that was taken, by rating: up, down, none.", "rating"),
+    _counter("lichen_answers_kept_total", "Answers for the journal, by outcome: kept, failed.", "outcome"),
+    Metric("lichen_journal_bytes", "gauge", "Bytes of the journal on disk.", ()),
     _counter("lichen_errors_total", "Error answers over HTTP, by their code.", "code"),
     Metric("lichen_resident_bytes", "gauge", "Memory of this process that is in RAM.", ()),
     _gauge("lichen_build_info", "Always 1; the labels say what runs.", "version", "llama_cpp"),
@@ -155,6 +158,8 @@ class ProcessMetrics:
         self.loads: Tally[str] = Tally()  # by model
         self.evictions: Tally[str] = Tally()
         self.errors: Tally[str] = Tally()  # by code
+        self.feedback: Tally[str] = Tally(up=0, down=0, none=0)  # by rating
+        self.kept: Tally[str] = Tally(kept=0, failed=0)  # by outcome
 
     def loaded(self, model: str) -> None:
         """A model is ready."""
@@ -174,11 +179,13 @@ Series = Iterator[tuple[str, tuple[str, ...], Value]]  # name, values of its lab
 
 
 class ProcessFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """What is read for the whole process at a scrape: its bytes in RAM, and which versions run."""
+    """What is read for the whole process at a scrape: its bytes in RAM and in the journal, and which
+    versions run."""
 
     resident: int
     version: str
     llama_cpp: str
+    journal: int = 0
 
 
 def render(models: Iterable[ServedModel], process: ProcessMetrics, facts: ProcessFacts) -> str:
@@ -236,10 +243,13 @@ def _of_process(process: ProcessMetrics, facts: ProcessFacts) -> Series:
         "lichen_model_loads_total": process.loads,
         "lichen_model_evictions_total": process.evictions,
         "lichen_errors_total": process.errors,
+        "lichen_feedback_total": process.feedback,
+        "lichen_answers_kept_total": process.kept,
     }
     for name, tally in tallies.items():
         yield from ((name, (label,), count) for label, count in tally.items())
     yield "lichen_resident_bytes", (), facts.resident
+    yield "lichen_journal_bytes", (), facts.journal
     yield "lichen_build_info", (facts.version, facts.llama_cpp), 1
 
 

@@ -111,15 +111,22 @@ StartDaemon = Callable[..., RunningDaemon]
 
 
 @pytest.fixture(scope="session")
-def start_daemon(model_path: Path, lichen_home: Path) -> Iterator[StartDaemon]:
-    """Start `lichen serve` with flags; every daemon is ended after the tests."""
-    running: list[subprocess.Popen[str]] = []
+def start_daemon(
+    model_path: Path, lichen_home: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[StartDaemon]:
+    """Start `lichen serve` with flags; every daemon is ended after the tests.
 
-    def start(*flags: str, wait: bool = True) -> RunningDaemon:
+    home: where it keeps what it learns from; by default one for all, with the tests' store of models.
+    """
+    running: list[subprocess.Popen[str]] = []
+    shared = tmp_path_factory.mktemp("home")
+    (shared / "store").symlink_to(lichen_home / "store")
+
+    def start(*flags: str, wait: bool = True, home: Path = shared) -> RunningDaemon:
         port = free_port()
         command = [sys.executable, "-m", "lichen.cli", "serve", "--model", str(model_path)]
         command += ["--port", str(port), "--threads", "2", *flags]
-        environment = {**os.environ, "LICHEN_HOME": str(lichen_home)}
+        environment = {**os.environ, "LICHEN_HOME": str(home)}
         process = subprocess.Popen(
             command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )

@@ -32,9 +32,12 @@ def _store(context: typer.Context) -> KeyStore:
 def create(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="Who or what will use the key, such as 'laptop'.")],
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Keep the answers to its requests in the journal.")
+    ] = False,
 ) -> None:
     """Make a key and print it, once; a running daemon asks for keys from now on."""
-    typer.echo(_store(context).create(name))
+    typer.echo(_store(context).create(name, keeps=keep))
     typer.echo("Keep it now: it is stored as a hash and cannot be shown again.", err=True)
 
 
@@ -45,16 +48,23 @@ def list_keys(
     """List the keys, without what they are."""
     found = _store(context).list()
     if as_json:
-        fields = ("id", "name", "created", "ending", "revoked")
+        fields = ("id", "name", "created", "ending", "revoked", "keeps")
         typer.echo(json.dumps([{field: getattr(key, field) for field in fields} for key in found], indent=2))
     elif not found:
         typer.echo("There are no keys. Make one: lichen keys create NAME")
     else:
         rows = [
-            (key.id, key.name, key.created, f"…{key.ending}", "revoked" if key.revoked else "active")
+            (
+                key.id,
+                key.name,
+                key.created,
+                f"…{key.ending}",
+                "revoked" if key.revoked else "active",
+                "all" if key.keeps else "",
+            )
             for key in found
         ]
-        table("", ("ID", "NAME", "CREATED", "KEY", "STATE"), rows)
+        table("", ("ID", "NAME", "CREATED", "KEY", "STATE", "KEEPS"), rows)
 
 
 @keys.command()

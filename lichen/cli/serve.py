@@ -69,6 +69,9 @@ def serve(
     tls_cert: Annotated[Path | None, typer.Option(help="Certificate (PEM): speak HTTPS.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Private key of the certificate (PEM).")] = None,
     drain_timeout: Annotated[Decimal, typer.Option(help="Seconds to finish answers when stopping.")] = None,
+    journal: Annotated[Text, typer.Option(help="Answers to keep for learning: off, ask or all.")] = None,
+    journal_limit: Annotated[Text, typer.Option(help="Bytes on disk for kept answers.")] = None,
+    files_limit: Annotated[Text, typer.Option(help="Bytes on disk for uploaded files.")] = None,
     log_level: Annotated[Text, typer.Option(help="debug, info, warning, error or critical.")] = None,
     log_format: Annotated[Text, typer.Option(help="text or json.")] = None,
 ) -> None:
@@ -111,6 +114,10 @@ def run_daemon(config: Config) -> None:
         tls_key=config.tls_key,
         max_body=config.max_body,
         drain_timeout=config.drain_timeout,
+        journal=config.journal,
+        learning_folder=config.home / "learning",
+        journal_limit=config.journal_limit,
+        files_limit=config.files_limit,
     )
 
     pool_options = PoolOptions(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -22,6 +22,8 @@ from lichen.runtime.generation import Generation
 from lichen.runtime.http import wording
 from lichen.runtime.http.guard import error_body
 from lichen.runtime.sequence import Finished, Piece, Prefill, TokenLogprob
+
+KeepAnswers = Callable[[str, list[dict[str, Any]]], None]  # gets the response's id, and each choice's answer
 
 HEARTBEAT_S = 10.0  # a comment after so much silence, so that proxies keep the connection
 
@@ -55,6 +57,11 @@ class ChatChoice:
     def whole(self) -> dict[str, Any]:
         logprobs = wording.chat_logprobs(self._tokens) if self._logprobs else None
         return {"message": self._message.plain(), "logprobs": logprobs}
+
+    def said(self) -> dict[str, Any]:
+        message = self._message.plain()
+        del message["refusal"]
+        return message
 
     def reason(self, finished: Finished) -> str:
         return wording.finish_reason(finished, self._reader.calls)
@@ -100,6 +107,9 @@ class TextChoice:
         logprobs = wording.text_logprobs(self._tokens, 0) if self._logprobs else None
         return {"text": "".join(self._parts), "logprobs": logprobs}
 
+    def said(self) -> dict[str, Any]:
+        return {"text": "".join(self._parts)}
+
     def reason(self, finished: Finished) -> str:
         return finished.reason
 
@@ -120,7 +130,7 @@ TEXT = Wording(prefix="cmpl-", whole="text_completion", chunk="text_completion",
 
 @dataclass(slots=True, kw_only=True)
 class Answer:
-    """One response to a request: `generations` of `prompts` prompts, in order."""
+    """One response to a request: `generations` of `prompts` prompts, in order. keep: called once complete."""
 
     request: web.Request
     model: str
@@ -128,6 +138,7 @@ class Answer:
     wording: Wording
     prompts: int = 1
     include_usage: bool = False
+    keep: KeepAnswers | None = None
     id: str = field(init=False)
     created: int = field(init=False, default_factory=lambda: int(time.time()))
 
@@ -147,6 +158,7 @@ class Answer:
     async def whole(self) -> web.Response:
         """Wait for everything, then answer at once."""
         choices = []
+        said = []
         ends: list[Finished] = []
         for index, generation in enumerate(self.generations):
             choice = self.wording.choice(generation)
@@ -156,6 +168,7 @@ class Answer:
             choice.flush()
             finished = _finished(generation)
             ends.append(finished)
+            said.append(choice.said())
             choices.append({"index": index, **choice.whole(), "finish_reason": choice.reason(finished)})
         usage = wording.usage_json(wording.usage_of(ends, prompts=self.prompts))
         body = {
@@ -164,6 +177,8 @@ class Answer:
             "usage": usage,
             "timings": wording.timings_json(ends[0]),
         }
+        if self.keep is not None:
+            self.keep(self.id, said)
         return web.Response(body=encode(body), content_type="application/json")
 
     async def stream(self) -> web.StreamResponse:
@@ -177,6 +192,7 @@ class _Stream:
     def __init__(self, answer: Answer) -> None:
         self._answer = answer
         self._head = answer.head(answer.wording.chunk)
+        self._choices = [answer.wording.choice(generation) for generation in answer.generations]
         self._response = web.StreamResponse(
             headers={
                 "Content-Type": "text/event-stream; charset=utf-8",
@@ -191,6 +207,8 @@ class _Stream:
         await response.prepare(answer.request)
         try:
             await self._all()
+            if answer.keep is not None:  # before the last byte, so that feedback on it finds it
+                answer.keep(answer.id, [choice.said() for choice in self._choices])
             if answer.include_usage:
                 ends = [_finished(generation) for generation in answer.generations]
                 usage = wording.usage_json(wording.usage_of(ends, prompts=answer.prompts))
@@ -218,7 +236,7 @@ class _Stream:
 
     async def _one(self, index: int, generation: Generation) -> None:
         """Write the events of one choice."""
-        choice = self._answer.wording.choice(generation)
+        choice = self._choices[index]
         write = self._response.write
         before, after = self._frame(index, choice)
         if choice.opening is not None:

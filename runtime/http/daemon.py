@@ -22,10 +22,15 @@ import msgspec
 from aiohttp import web
 
 import lichen
+from lichen.adapters.files import FileStore
+from lichen.adapters.thread import JournalThread
 from lichen.errors import ConfigError, LichenError, Unavailable
 from lichen.runtime import memory, native
 from lichen.runtime.http.access_log import AccessLog, name_request, traced
+from lichen.runtime.http.feedback import FeedbackRoutes
+from lichen.runtime.http.files import FileRoutes
 from lichen.runtime.http.guard import LOOPBACK, Guard
+from lichen.runtime.http.keeping import Keeping, Policy
 from lichen.runtime.http.keys import KeyStore
 from lichen.runtime.http.limits import Deadlines, RateLimiter, cut_stalled, server_limits
 from lichen.runtime.http.metrics_route import MetricsRoute
@@ -47,6 +52,7 @@ class DaemonOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Where and for whom to listen. port 0 takes a free one; max_body in bytes; timeouts in seconds.
 
     rate_limit: requests a minute and client, 0 for no limit; a request_timeout of 0 is no limit either.
+    journal: what is kept of answers, under learning_folder; its limits in bytes.
     """
 
     host: str = "127.0.0.1"
@@ -65,6 +71,10 @@ class DaemonOptions(msgspec.Struct, frozen=True, kw_only=True):
     tls_key: Path | None = None
     max_body: int = 8 << 20
     drain_timeout: float = 30.0
+    journal: Policy = "off"
+    learning_folder: Path | None = None
+    journal_limit: int = 1_000_000_000
+    files_limit: int = 2_000_000_000
 
     def check(self) -> None:
         """Raise ConfigError rather than listen to a network without a key, or with keys nobody can read."""
@@ -92,6 +102,12 @@ class Daemon:
         self._started = time.monotonic()
         self.metrics = ProcessMetrics()
         pool.on_ready, pool.on_evicted = self.metrics.loaded, self.metrics.evicted
+        self.journal: JournalThread | None = None
+        self._files: FileStore | None = None
+        if options.journal != "off" and options.learning_folder is not None:
+            folder = options.learning_folder
+            self.journal = JournalThread(folder / "journal.db", limit=options.journal_limit)
+            self._files = FileStore(folder / "files", limit=options.files_limit)
         hosts = (options.host, *options.allowed_hosts)
         self._tls = server_context(options.tls_cert, options.tls_key)
         self._guard = Guard(
@@ -125,10 +141,13 @@ class Daemon:
             middlewares=[traced, self._guard.middleware, deadlines.middleware],
             client_max_size=self.options.max_body,
         )
-        metrics = MetricsRoute(self.pool.ready, self.metrics, memory.resident)
+        metrics = MetricsRoute(self.pool.ready, self.metrics, memory.resident, self._journal_bytes)
+        keeping = Keeping(self.options.journal, self.journal, self.metrics)
         app.on_response_prepare.extend([name_request, self._guard.allow_reading, metrics.count_error])
         app.add_routes(metrics.routes())
-        app.add_routes(OpenAIRoutes(self.use, self.pool.known, self.pool.loaded).routes())
+        app.add_routes(OpenAIRoutes(self.use, self.pool.known, self.pool.loaded, keeping).routes())
+        app.add_routes(FeedbackRoutes(self.journal, self.metrics).routes())
+        app.add_routes(FileRoutes(self._files, self.journal, self.options.read_timeout).routes())
         app.add_routes(TokenRoutes(self.use).routes())
         app.add_routes(ModelRoutes(self.pool, self.check).routes())
         app.add_routes(OllamaRoutes(self.use, self.pool).routes())
@@ -142,6 +161,9 @@ class Daemon:
             ]
         )
         return app
+
+    def _journal_bytes(self) -> int:
+        return 0 if self.journal is None else self.journal.size_on_disk()
 
     async def load(self, first: Awaitable[None]) -> None:
         """Wait for the default model; a failure is kept for `/health` and raised."""
@@ -217,6 +239,8 @@ class Daemon:
         finally:
             watch.cancel()
             await runner.cleanup()
+            if self.journal is not None:
+                await self.journal.close()
             if self.options.uds is not None:
                 self.options.uds.unlink(missing_ok=True)
 

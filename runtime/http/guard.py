@@ -2,7 +2,8 @@
 
 A daemon on localhost can be reached by any web page: through DNS rebinding (a foreign Host header), a
 cross-origin request (a foreign Origin header) or a form, which browsers send anywhere without asking.
-All are refused from the first byte on, on every path, whether or not there is a route.
+All are refused from the first byte on, on every path, whether or not there is a route. An upload has the type
+of a form, and passes only with a header that a form cannot have.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from lichen.errors import (
     Unavailable,
 )
 from lichen.runtime.http.keys import KeyStore
-from lichen.runtime.http.limits import RateLimiter
+from lichen.runtime.http.limits import UPLOAD_PATH, RateLimiter, is_upload
 from lichen.runtime.http.log_format import EXCHANGE
 from lichen.runtime.http.redact import without_secrets
 
@@ -75,10 +76,12 @@ class Guard:
         """Raise the error of a request that must not be answered."""
         self._check_host(request)
         self._check_origin(request)
-        if request.content_type in FORMS and "Content-Type" in request.headers:
+        if request.content_type in FORMS and "Content-Type" in request.headers and not is_upload(request):
             raise _Form(
                 f"A body of the type {request.content_type} is not accepted.",
-                hint="Send JSON with the header: Content-Type: application/json",
+                hint="Send JSON with the header: Content-Type: application/json"
+                if request.path != UPLOAD_PATH
+                else "Send multipart/form-data with the header Authorization, which no form can send.",
             )
         if request.path in OPEN_PATHS or request.method == "OPTIONS":
             return
@@ -89,17 +92,20 @@ class Guard:
             self._rate.take(address)  # nobody may try keys faster than this
             raise
         if key is not None and (exchange := EXCHANGE.get()) is not None:
-            exchange.key = key
-        self._rate.take(address if key is None else key)
+            exchange.key, exchange.keeps = key
+        self._rate.take(address if key is None else key[0])
 
-    def _check_key(self, request: web.Request) -> str | None:
-        """The id of the key that the request presents; None where no key is needed. Raises Unauthorized."""
+    def _check_key(self, request: web.Request) -> tuple[str, bool] | None:
+        """The id of the key that the request presents, and whether its answers are kept.
+
+        None where no key is needed. Raises Unauthorized.
+        """
         given = _presented(request)
         by_setting = self._api_key is not None and hmac.compare_digest(
             given.encode("utf-8", "surrogateescape"), self._api_key
         )
         if by_setting:
-            return SETTING
+            return SETTING, False
         if self._keys is not None:
             try:
                 self._locked = self._locked or self._keys.any()
@@ -110,7 +116,7 @@ class Guard:
                     "The API keys of this daemon cannot be read.", hint="Its log says why."
                 ) from error
             if kept is not None:
-                return kept.id
+                return kept.id, kept.keeps
         if self._locked:
             raise Unauthorized(
                 "This daemon needs an API key.", hint="Send the header: Authorization: Bearer KEY"
@@ -175,7 +181,7 @@ class Guard:
         return web.Response(
             status=204,
             headers={
-                "Access-Control-Allow-Methods": "GET, POST, OPTIONS",
+                "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
                 "Access-Control-Allow-Headers": "Authorization, Content-Type, X-Api-Key, X-Request-Id",
                 "Access-Control-Max-Age": "600",
             },

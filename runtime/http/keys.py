@@ -43,6 +43,7 @@ class Key(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ending: Annotated[str, Meta(pattern=r"\A[A-Za-z0-9_-]{4}\Z")]
     sha256: Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
     revoked: bool = False
+    keeps: bool = False  # answers to its requests go into the journal unless a request says otherwise
 
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -65,8 +66,8 @@ class KeyStore:
         self._failure: ConfigError | None = None
         self._next_look = 0.0
 
-    def create(self, name: str) -> str:
-        """Make a key and return it; it cannot be shown again. Raises ConfigError."""
+    def create(self, name: str, *, keeps: bool = False) -> str:
+        """Make a key and return it; it cannot be shown again. keeps: see `Key`. Raises ConfigError."""
         if not _NAME.fullmatch(name):
             raise ConfigError(
                 f"{name!r} cannot be a key's name.",
@@ -79,6 +80,7 @@ class KeyStore:
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             ending=secret[-4:],
             sha256=_digest(secret),
+            keeps=keeps,
         )
         with self._locked():
             keys = self._read()

@@ -11,7 +11,8 @@ import logging
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 from aiohttp import web
@@ -22,6 +23,9 @@ from lichen.errors import RateLimited, RequestError, TimedOut
 MAX_BUCKETS = 10_000  # clients that are remembered; the one unseen for longest is forgotten first
 SWEEPS = 4  # looks at each connection within the time that it may stall
 LINGERING = 10.0  # seconds that a refused body is read and dropped, so that the client sees the refusal
+
+UPLOAD_PATH = "/v1/files"  # the one body that is not read as a whole
+UPLOAD_RATE = 64 << 10  # bytes a second that an upload must have on average after the first seconds
 
 log = logging.getLogger("lichen.http")
 
@@ -70,7 +74,8 @@ class Deadlines:
 
         @web.middleware
         async def limited(request: web.Request, handler: Handler) -> web.StreamResponse:
-            if request.can_read_body and request.match_info.http_exception is None:
+            arrives = request.can_read_body and request.match_info.http_exception is None
+            if arrives and not is_upload(request):
                 await read_body(request, self._read)
             timer = asyncio.timeout(self._answer or None)
             try:
@@ -100,6 +105,45 @@ async def read_body(request: web.Request, limit_s: float) -> bytes:
         raise _SlowBody(
             f"The body did not arrive within {limit_s:g} seconds.", hint="See --read-timeout."
         ) from error
+    except web.RequestPayloadError as error:
+        raise RequestError("The body broke off, or is not encoded as its headers say.") from error
+
+
+def is_upload(request: web.Request) -> bool:
+    """Whether a body is a file that its route reads piece by piece.
+
+    Only with a header that a browser's form cannot send, so that no web page can upload in passing.
+    """
+    return (
+        request.method == "POST"
+        and request.path == UPLOAD_PATH
+        and request.content_type == "multipart/form-data"
+        and ("Authorization" in request.headers or "X-Api-Key" in request.headers)
+    )
+
+
+@asynccontextmanager
+async def arriving(limit_s: float) -> AsyncIterator[Callable[[int], None]]:
+    """Bound an upload's time: limit_s seconds, and more as bytes arrive; tell what it yields their number.
+
+    Raises what `read_body` raises.
+    """
+    timer = asyncio.timeout(limit_s)
+    loop = asyncio.get_running_loop()
+    started, received = loop.time(), 0
+
+    def more(count: int) -> None:
+        nonlocal received
+        received += count
+        timer.reschedule(started + limit_s + received / UPLOAD_RATE)
+
+    try:
+        async with timer:
+            yield more
+    except TimeoutError as error:
+        if not timer.expired():
+            raise
+        raise _SlowBody("The file arrived too slowly.", hint="See --read-timeout.") from error
     except web.RequestPayloadError as error:
         raise RequestError("The body broke off, or is not encoded as its headers say.") from error
 

@@ -19,6 +19,7 @@ class Exchange:
 
     id: str
     key: str = "-"  # id of the API key that was used
+    keeps: bool = False  # whether that key has its answers kept
     started: float = field(default_factory=time.monotonic)
     response: Any = None  # the aiohttp answer, once its first byte may be on the wire
 

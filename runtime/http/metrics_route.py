@@ -15,17 +15,20 @@ from lichen.runtime.served_model import ServedModel
 
 
 class MetricsRoute:
-    """The handler, over the models that `models` gives. resident: bytes of this process; may block."""
+    """The handler, over the models that `models` gives. resident, journal: bytes of this process and of its
+    journal; may block."""
 
     def __init__(
         self,
         models: Callable[[], Iterable[ServedModel]],
         process: ProcessMetrics,
         resident: Callable[[], int],
+        journal: Callable[[], int] = lambda: 0,
     ) -> None:
         self._models = models
         self._process = process
         self._resident = resident
+        self._journal = journal
 
     def routes(self) -> list[web.RouteDef]:
         """Route table for `Application.add_routes`."""
@@ -38,7 +41,12 @@ class MetricsRoute:
         return web.Response(body=text.encode(), headers={"Content-Type": CONTENT_TYPE})
 
     def _facts(self) -> ProcessFacts:
-        return ProcessFacts(resident=self._resident(), version=lichen.__version__, llama_cpp=native.version())
+        return ProcessFacts(
+            resident=self._resident(),
+            version=lichen.__version__,
+            llama_cpp=native.version(),
+            journal=self._journal(),
+        )
 
     async def count_error(self, request: web.Request, response: web.StreamResponse) -> None:
         """aiohttp `on_response_prepare` signal: count an answer that is an error by its code."""

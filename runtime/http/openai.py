@@ -18,7 +18,8 @@ from aiohttp import web
 from lichen.errors import NotFound
 from lichen.runtime.generation import Generation
 from lichen.runtime.http import wording
-from lichen.runtime.http.answers import CHAT, TEXT, Answer, Wording
+from lichen.runtime.http.answers import CHAT, TEXT, Answer, KeepAnswers, Wording
+from lichen.runtime.http.keeping import Keeping
 from lichen.runtime.http.schema import Body, ChatBody, CompletionBody, EmbeddingsBody, parse
 from lichen.runtime.resident import Candidate, ModelStatus
 from lichen.runtime.served_model import CAPABILITIES, ServedModel
@@ -32,17 +33,20 @@ Use = Callable[[str | None, float | None], AbstractAsyncContextManager[ServedMod
 
 
 class OpenAIRoutes:
-    """The handlers. use: holds a model by name, loading it if need be. known and loaded: for the list."""
+    """The handlers. use: holds a model by name, loading it if need be. known and loaded: for the list.
+    keeping: takes the answers that are to be kept."""
 
     def __init__(
         self,
         use: Use,
         known: Callable[[], Awaitable[list[Candidate]]],
         loaded: Callable[[], list[ModelStatus]],
+        keeping: Keeping,
     ) -> None:
         self._use = use
         self._known = known
         self._loaded = loaded
+        self._keeping = keeping
         self._started = int(time.time())
 
     def routes(self) -> list[web.RouteDef]:
@@ -59,14 +63,17 @@ class OpenAIRoutes:
         """Answer a conversation."""
         body: ChatBody = await read(request, ChatBody)
         messages = [message.plain() for message in body.messages]
+        kept = self._keeping.of_chat(body, messages)
         async with self._use(body.model, body.keep_alive) as model:
             generations = await model.chat(messages, body.sampling(), body.form(), count=body.n)
-            return await _answer(request, body, model, generations, CHAT)
+            keep = self._keeping.keeper(request, kept, model.info)
+            return await _answer(request, body, model, generations, CHAT, keep=keep)
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         """Continue one text or several."""
         body: CompletionBody = await read(request, CompletionBody)
         options, prompts = body.sampling(), body.prompts()
+        kept = self._keeping.of_text(body, prompts)
         generations: list[Generation] = []
         async with self._use(body.model, body.keep_alive) as model:
             try:
@@ -75,7 +82,8 @@ class OpenAIRoutes:
             except BaseException:
                 _close(generations)
                 raise
-            return await _answer(request, body, model, generations, TEXT, prompts=len(prompts))
+            keep = self._keeping.keeper(request, kept, model.info)
+            return await _answer(request, body, model, generations, TEXT, prompts=len(prompts), keep=keep)
 
     async def embeddings(self, request: web.Request) -> web.Response:
         """A vector for each input."""
@@ -136,6 +144,7 @@ async def _answer(
     words: Wording,
     *,
     prompts: int = 1,
+    keep: KeepAnswers | None = None,
 ) -> web.StreamResponse:
     answer = Answer(
         request=request,
@@ -143,6 +152,7 @@ async def _answer(
         generations=generations,
         wording=words,
         prompts=prompts,
+        keep=keep,
         include_usage=body.stream_options is not None and body.stream_options.include_usage,
     )
     try:

@@ -105,20 +105,58 @@ def _operation(route: Route) -> Schema:
     if route.body is not None:
         content = {"application/json": {"schema": _reference(route.body)}}
         operation["requestBody"] = {"required": True, "content": content}
-    if route.parameters:
-        operation["parameters"] = [
-            {
-                "name": name,
-                "in": "path",
-                "required": True,
-                "description": text,
-                "schema": {"type": "string", "minLength": 1},
-            }
-            for name, text in route.parameters.items()
-        ]
+    if route.upload is not None:
+        operation["requestBody"] = _upload(route.upload)
+    if route.parameters or route.query:
+        operation["parameters"] = [*_path_parameters(route), *_query_parameters(route)]
     if route.open:
         operation["security"] = []
     return operation
+
+
+def _upload(purpose: str) -> Schema:
+    """A form with a file."""
+    fields = {
+        "file": {"type": "string", "contentMediaType": "application/octet-stream"},
+        "purpose": {"type": "string", "enum": [purpose]},
+    }
+    form = {
+        "type": "object",
+        "properties": fields,
+        "required": ["file", "purpose"],
+        "additionalProperties": False,
+    }
+    return {
+        "required": True,
+        "description": "Needs an Authorization header, with any key where the daemon has none.",
+        "content": {"multipart/form-data": {"schema": form}},
+    }
+
+
+def _path_parameters(route: Route) -> list[Schema]:
+    return [
+        {
+            "name": name,
+            "in": "path",
+            "required": True,
+            "description": text,
+            "schema": {"type": "string", "minLength": 1},
+        }
+        for name, text in route.parameters.items()
+    ]
+
+
+def _query_parameters(route: Route) -> list[Schema]:
+    """One for each field of the struct, none of which is required."""
+    if route.query is None:
+        return []
+    (reference,), components = msgspec.json.schema_components([route.query], ref_template="{name}")
+    properties: dict[str, Schema] = components[reference["$ref"]]["properties"]
+    parameters = []
+    for name, field in properties.items():
+        options = [option for option in field.get("anyOf", [field]) if option != {"type": "null"}]
+        parameters.append({"name": name, "in": "query", "required": False, "schema": options[0]})
+    return parameters
 
 
 def _content(route: Route) -> Schema:
@@ -158,7 +196,7 @@ def _event(kind: type[msgspec.Struct]) -> Schema:
 def _statuses(route: Route) -> list[int]:
     """Statuses of the errors that this route may answer with."""
     every = {status for status in EVERY if not (route.open and status in (401, 429))}
-    body = BODY if route.body is not None else ()
+    body = BODY if route.body is not None or route.upload is not None else ()
     return sorted({*every, *body, *route.errors} - set(route.also))
 
 

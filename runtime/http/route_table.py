@@ -9,28 +9,32 @@ from typing import Literal
 
 import msgspec
 
-from lichen.runtime.http import ollama_responses, ollama_schema, responses, schema
+from lichen.runtime.http import journal_schema, ollama_responses, ollama_schema, responses, schema
 from lichen.runtime.http.models import LoadBody, UnloadBody
 
 EVERY = (400, 401, 403, 429, 500, 503)  # what the guard answers for any route, or a defect of ours
 BODY = (408, 413, 415)
 _ANSWER = (404, 422, 504, 507)  # no such model, it is broken, takes too long, or does not fit
+_KEPT = (404, 409, 507)  # no such record or file, nothing is kept here, or there is no room
 
 
 class Route(msgspec.Struct, frozen=True, kw_only=True):
     """One operation.
 
     body, answer: structs, or for an answer that is no JSON its media type. event: what a stream's events
-    hold; parameters: of the path, name -> meaning; errors: statuses besides those of every route.
+    hold; parameters: of the path, name -> meaning; query: a struct; errors: statuses besides those of every
+    route. upload: the body is a form with a file, of this purpose.
     """
 
-    method: Literal["get", "post"]
+    method: Literal["get", "post", "delete"]
     path: str
     id: str
     summary: str
     tag: str
     answer: type[msgspec.Struct] | str
     body: type[msgspec.Struct] | None = None
+    query: type[msgspec.Struct] | None = None
+    upload: str | None = None
     event: type[msgspec.Struct] | None = None
     lines: bool = False  # an answer may also be lines of JSON
     parameters: dict[str, str] = {}
@@ -71,6 +75,96 @@ ROUTES = (
         body=schema.EmbeddingsBody,
         answer=responses.EmbeddingList,
         errors=_ANSWER,
+    ),
+    Route(
+        method="post",
+        path="/v1/feedback",
+        id="createFeedback",
+        summary="Rate or correct an answer; answered once it is durable",
+        tag="lichen",
+        body=journal_schema.FeedbackBody,
+        answer=journal_schema.FeedbackObject,
+        errors=_KEPT,
+    ),
+    Route(
+        method="get",
+        path="/v1/feedback",
+        id="listFeedback",
+        summary="What was kept and said, without the texts",
+        tag="lichen",
+        query=journal_schema.FeedbackQuery,
+        answer=journal_schema.FeedbackList,
+        errors=_KEPT,
+    ),
+    Route(
+        method="get",
+        path="/v1/feedback/{id}",
+        id="retrieveFeedback",
+        summary="One record with its texts",
+        tag="lichen",
+        answer=journal_schema.FeedbackRecord,
+        parameters={"id": "Id of the record."},
+        errors=_KEPT,
+    ),
+    Route(
+        method="delete",
+        path="/v1/feedback/{id}",
+        id="deleteFeedback",
+        summary="Forget a record; answered once no byte of it is left",
+        tag="lichen",
+        answer=journal_schema.FeedbackDeleted,
+        parameters={"id": "Id of the record."},
+        errors=_KEPT,
+    ),
+    Route(
+        method="post",
+        path="/v1/files",
+        id="createFile",
+        summary="Upload a file to learn from; every line is checked",
+        tag="OpenAI",
+        upload="fine-tune",
+        answer=journal_schema.FileObject,
+        errors=_KEPT,
+    ),
+    Route(
+        method="get",
+        path="/v1/files",
+        id="listFiles",
+        summary="The files to learn from",
+        tag="OpenAI",
+        query=journal_schema.FilesQuery,
+        answer=journal_schema.FileList,
+        errors=_KEPT,
+    ),
+    Route(
+        method="get",
+        path="/v1/files/{id}",
+        id="retrieveFile",
+        summary="One file",
+        tag="OpenAI",
+        answer=journal_schema.FileObject,
+        parameters={"id": "Id of the file."},
+        errors=_KEPT,
+    ),
+    Route(
+        method="delete",
+        path="/v1/files/{id}",
+        id="deleteFile",
+        summary="Delete a file",
+        tag="OpenAI",
+        answer=journal_schema.FileDeleted,
+        parameters={"id": "Id of the file."},
+        errors=_KEPT,
+    ),
+    Route(
+        method="get",
+        path="/v1/files/{id}/content",
+        id="downloadFile",
+        summary="A file's bytes",
+        tag="OpenAI",
+        answer="application/jsonl",
+        parameters={"id": "Id of the file."},
+        errors=_KEPT,
     ),
     Route(
         method="post",

@@ -33,7 +33,6 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "reasoning_effort": ("none",),
     "verbosity": (),
     "service_tier": ("auto", "default"),
-    "store": (False,),
     "web_search_options": (),
     # Labels for the provider's own bookkeeping; they never change an answer.
     "user": (...,),
@@ -82,6 +81,7 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     stream_options: StreamOptions | None = None
     n: Choices = 1
     deterministic: bool = False  # lichen's own: docs/determinism.md
+    store: bool | None = None  # keep the answer, or do not: docs/guides/feedback.md
 
     def sampling(self) -> SamplingOptions:
         """The engine's options; what the request leaves out takes lichen's default."""
@@ -350,7 +350,7 @@ def parse(body: bytes, kind: type[T]) -> T:
     try:
         return msgspec.convert(_without_effect_removed(raw), kind)
     except msgspec.ValidationError as error:
-        raise _explained(str(error)) from error
+        raise explained(str(error)) from error
 
 
 def without_effect() -> dict[str, tuple[Any, ...]]:
@@ -376,7 +376,7 @@ def _without_effect_removed(raw: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _explained(text: str) -> RequestError:
+def explained(text: str) -> RequestError:
     """msgspec's message with the field that it points to."""
     reason, _, path = text.partition(" - at `$")
     path = path.rstrip("`").lstrip(".")

@@ -108,7 +108,13 @@ def test_a_model_may_have_any_name(name: str) -> None:
 
 def test_without_a_model_the_process_is_still_told() -> None:
     samples = read(render([], ProcessMetrics(), FACTS))
-    assert {name for name, _ in samples} == {"lichen_resident_bytes", "lichen_build_info"}
+    assert {name for name, _ in samples} == {
+        "lichen_resident_bytes",
+        "lichen_build_info",
+        "lichen_feedback_total",
+        "lichen_answers_kept_total",
+        "lichen_journal_bytes",
+    }
 
 
 async def test_the_engine_tells_its_observer_of_every_token(served: ServedModel) -> None:

@@ -104,7 +104,9 @@ def test_the_daemon_serves_it(daemon: RunningDaemon) -> None:
     assert answer.json() == DOCUMENT
 
 
-@pytest.mark.parametrize("path", [route.path for route in ROUTES if route.method == "get"])
+@pytest.mark.parametrize(
+    "path", [route.path for route in ROUTES if route.method == "get" and "id" not in route.parameters]
+)
 def test_answers_to_get_are_as_documented(daemon: RunningDaemon, path: str) -> None:
     answer = httpx.get(daemon.url + path.replace("{name}", daemon.model))
     assert answer.status_code == 200

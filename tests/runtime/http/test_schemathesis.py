@@ -42,8 +42,10 @@ FEW_TOKENS = 2
 TEXTS = ("messages", "prompt", "input", "content")
 MESSAGES = 2  # in a conversation
 SHORT_TEXT = 10  # characters; exotic ones are several tokens each
+LESSON = b'{"prompt": "1, 2,", "completion": " 3"}'
+FEEDBACK = {"rating": "up", "messages": [{"role": "user", "content": "x"}], "answer": "y"}
 HANG_S = 20.0  # an answer of a few tokens takes a fraction of a second
-EXAMPLES = {"post": 16, "get": 3}  # of each kind for each operation in the short run
+EXAMPLES = {"post": 16, "get": 3, "delete": 3}  # of each kind for each operation in the short run
 SLOW_S = float(os.environ.get("FUZZ_SECONDS", "600"))
 
 load_all_checks()
@@ -96,12 +98,14 @@ def _is_count(value: object) -> bool:
 
 @SCHEMA.hook
 def map_body(context: schemathesis.HookContext, body: Any) -> Any:
-    fields = next(
-        route.body.__struct_fields__
-        for route in ROUTES
-        if route.body and context.operation and route.path == context.operation.path
-    )
-    return cheap(body, fields)
+    assert context.operation is not None, "a body belongs to an operation"
+    id = context.operation.definition.raw["operationId"]
+    (route,) = (route for route in ROUTES if route.id == id)
+    if route.upload:
+        return {**body, "file": LESSON} if isinstance(body, dict) else body
+    if id == "createFeedback" and isinstance(body, dict):  # rules between fields are not in the document
+        body = {**body, **{name: value for name, value in FEEDBACK.items() if body.get(name) is None}}
+    return cheap(body, route.body.__struct_fields__ if route.body else ())
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +136,8 @@ def ask(target: RunningDaemon, method: str, path: str, mode: GenerationMode, exa
         messages = case.body.get("messages") if isinstance(case.body, dict) else None
         if mode == GenerationMode.POSITIVE and isinstance(messages, list):
             case.body["messages"] = messages[:MESSAGES]
-        response = case.call(base_url=target.url, timeout=HANG_S)
+        headers = {"Authorization": "Bearer any"}  # an upload needs one
+        response = case.call(base_url=target.url, timeout=HANG_S, headers=headers)
         case.validate_response(response, checks=CHECKS)
         answered += response.status_code == 200
 

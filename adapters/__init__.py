@@ -1,0 +1,1 @@
+"""Learns on the device: keeps what people said of answers, and turns it into lessons."""
