@@ -20,6 +20,10 @@
     │   ├── HashMismatch              502  bytes do not match their pin
     │   ├── DiskFull                  507  not enough free space; carries both numbers
     │   └── OfflineError              503  offline mode forbids the network
+    ├── FleetError                    500  this machine's fleet, or the publisher's repository, is not in order
+    │   ├── TrustError                502  metadata or bytes of the fleet do not verify
+    │   ├── MetadataExpired           503  the fleet's metadata is too old; updates stop, serving does not
+    │   └── ManifestError             422  what a target says of itself is malformed or too new
     ├── ModelFileError                422  a GGUF that breaks its own rules
     └── EngineError                   500  the native engine failed
 
@@ -219,6 +223,33 @@ class OfflineError(StoreError):
 
     status = 503
     code = "offline"
+
+
+class FleetError(LichenError):
+    """This machine's membership of a fleet, or the publisher's repository, is not in order."""
+
+    code = "fleet_error"
+
+
+class TrustError(FleetError):
+    """Metadata or bytes of the fleet do not verify; nothing of them was used."""
+
+    status = 502
+    code = "untrusted"
+
+
+class MetadataExpired(FleetError):
+    """The fleet's metadata has expired: nothing new is taken, what is here keeps serving."""
+
+    status = 503
+    code = "metadata_expired"
+
+
+class ManifestError(FleetError):
+    """What a target says of itself is malformed, of an unknown kind, or for a newer lichen."""
+
+    status = 422
+    code = "bad_manifest"
 
 
 class ModelFileError(LichenError):
