@@ -14,6 +14,7 @@ import datetime
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from securesystemslib.signer import SSlibKey
 from tuf.api.metadata import (
@@ -39,6 +40,16 @@ from lichen.sync.trust.target_store import PlainTargets, TargetStore
 LIFETIMES = {"root": 365, "targets": 180, "snapshot": 30, "timestamp": 7}  # days
 KIND_LIFETIME = 180
 Clock = Callable[[], datetime.datetime]
+
+
+class RoleRow(NamedTuple):
+    """One role: when it expires (ISO 8601, UTC), how many keys must sign, and each key's id, name and URI."""
+
+    role: str
+    version: int
+    expires: str
+    threshold: int
+    keys: list[dict[str, str]]
 
 
 class Publisher:
@@ -79,6 +90,21 @@ class Publisher:
                 targets.add_key(keys[kind][0], kind)
             self._release({"targets": targets, **{kind: Targets(version=1) for kind in KINDS}})
             return self._repository.read("1.root.json")
+
+    def roles(self) -> list[RoleRow]:
+        """Every role that counts now, and its keys. Raises FleetError."""
+        names, uris = self._signers.names(), self._signers.uris()
+        root, top = self._repository.root(), self._repository.targets("targets")
+        rows = []
+        for role, (version, expires) in self._repository.expiries().items():
+            judge = root.roles[role] if role in TOP_LEVEL else top.get_delegated_role(role)
+            known = [names.get(keyid, "") for keyid in judge.keyids]
+            keys = [
+                {"id": keyid, "name": name or keyid[:12], "uri": uris.get(name, "")}
+                for keyid, name in zip(judge.keyids, known, strict=True)
+            ]
+            rows.append(RoleRow(role, version, expires.isoformat(), judge.threshold, keys))
+        return rows
 
     def publish(self, source: Path, manifest: AnyManifest) -> TargetFile:
         """Add or replace a target under its kind's role. Raises FleetError."""

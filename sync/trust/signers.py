@@ -11,7 +11,6 @@ Which key may sign for which role stands in the signed metadata, not here.
 
 from __future__ import annotations
 
-import os
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -151,11 +150,6 @@ class Signers:
         if self._answer is None:
             self._answer = self._ask()
         return self._answer
-
-
-def passphrase_of_environment() -> str | None:
-    """LICHEN_FLEET_PASSPHRASE, for machines that publish without a person."""
-    return os.environ.get("LICHEN_FLEET_PASSPHRASE")
 
 
 def _plain(name: str) -> bool:
