@@ -80,7 +80,7 @@ async def _download(found: Found, mirror: HttpFetcher, folder: Path) -> None:
     except (OSError, LichenError):
         pass
     name = next(iter(found.names.values()), found.file.path)
-    data = await read(mirror, name, found.file.length)
+    data = await read(mirror, quote(name, safe="/"), found.file.length)
     check_bytes(found, data)
     write_file(place, data)
 
