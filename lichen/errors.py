@@ -20,7 +20,7 @@
     │   ├── HashMismatch              502  bytes do not match their pin
     │   ├── DiskFull                  507  not enough free space; carries both numbers
     │   └── OfflineError              503  offline mode forbids the network
-    ├── FleetError                    500  this machine's fleet, or the publisher's repository, is not in order
+    ├── FleetError                    500  membership of a fleet, or a fleet's repository, is not in order
     │   ├── TrustError                502  metadata or bytes of the fleet do not verify
     │   ├── MetadataExpired           503  the fleet's metadata is too old; updates stop, serving does not
     │   └── ManifestError             422  what a target says of itself is malformed or too new

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def write_file(path: Path, data: bytes, *, mode: int = 0o644) -> None:
-    """Replace `path` (folders are made): written aside, synced, renamed, the folder synced. Raises OSError."""
+    """Replace `path` durably and at once; its folder is made if need be. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:

@@ -137,7 +137,9 @@ def _release(version: str) -> tuple[int, int, int] | None:
     A development version counts as its release, since it is what will become it.
     """
     match = _VERSION.match(version)
-    if match is None or not re.fullmatch(r"(\.?(dev|a|b|rc|post)\d+)*(\+[a-z0-9.]+)?", version[match.end() :]):
+    if match is None or not re.fullmatch(
+        r"(\.?(dev|a|b|rc|post)\d+)*(\+[a-z0-9.]+)?", version[match.end() :]
+    ):
         return None
     major, minor, patch = match.groups()
     return int(major), int(minor), int(patch or 0)

@@ -72,7 +72,7 @@ def init(
         made,
         as_json,
         f"Made the repository of {name} in {folder}. Its root's fingerprint is {bundle.fingerprint}.\n"
-        f"Put the root keys in {made['keys']} on media that are kept apart; devices enrol with {made['bundle']}.",
+        f"Keep the root keys in {made['keys']} apart from the others; devices enrol with {made['bundle']}.",
     )
 
 
@@ -88,7 +88,9 @@ def publish(
         Optional[List[str]],
         typer.Option("--lineage", metavar="WHAT[=SHA256]", help="What it was made from, nearest first."),
     ] = None,
-    min_lichen: Annotated[Optional[str], typer.Option(metavar="VERSION", help="Oldest lichen for it.")] = None,
+    min_lichen: Annotated[
+        Optional[str], typer.Option(metavar="VERSION", help="Oldest lichen for it.")
+    ] = None,
     field: Annotated[
         Optional[List[str]],
         typer.Option("--field", metavar="NAME=JSON", help="Another field of the kind's manifest."),
@@ -182,7 +184,12 @@ def enrol(
         raise FleetError(f"{bundle} cannot be read: {error.strerror}.") from error
     taken = device.enrol(data, fingerprint=fingerprint, replace=replace)
     _show(
-        {"fleet": taken.fleet, "fingerprint": taken.fingerprint, "mirrors": taken.mirrors, "tags": taken.tags},
+        {
+            "fleet": taken.fleet,
+            "fingerprint": taken.fingerprint,
+            "mirrors": taken.mirrors,
+            "tags": taken.tags,
+        },
         as_json,
         f"This machine is in the fleet {taken.fleet}, whose root has the fingerprint {taken.fingerprint}.",
     )
@@ -269,7 +276,9 @@ def _passphrase(confirm: bool) -> Callable[[], str]:
         given = os.environ.get("LICHEN_FLEET_PASSPHRASE")
         if given is None and not sys.stdin.isatty():
             raise ConfigError("The keys need a passphrase.", hint="Set LICHEN_FLEET_PASSPHRASE.")
-        return given or str(typer.prompt("Passphrase of the keys", hide_input=True, confirmation_prompt=confirm))
+        return given or str(
+            typer.prompt("Passphrase of the keys", hide_input=True, confirmation_prompt=confirm)
+        )
 
     return ask
 

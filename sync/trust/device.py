@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import datetime
 import hashlib
-import hmac
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -39,7 +38,7 @@ def utc_now() -> datetime.datetime:
 
 @dataclass(frozen=True, slots=True)
 class FleetTarget:
-    """A target that may be installed. file_name: on a mirror, below `targets/`. sha256 in hex, size in bytes."""
+    """A target that may be installed. file_name: below a mirror's `targets/`; sha256: hex; size: bytes."""
 
     manifest: AnyManifest
     sha256: str
@@ -49,7 +48,7 @@ class FleetTarget:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """Where this device stands. can_update: whether its metadata holds now. sentence: all of it for people."""
+    """Where this device stands. can_update: its metadata holds now. sentence: all of it for people."""
 
     enrolment: Enrolment
     standing: Standing
@@ -92,11 +91,11 @@ class Device:
     def enrol(self, data: bytes, *, fingerprint: str | None = None, replace: bool = False) -> Enrolment:
         """Take first trust from a bundle. fingerprint: what its root must have, in hex.
 
-        Enrolling again in the same fleet keeps what is trusted. Raises FleetError, or TrustError for a root that
-        does not verify; with `replace` another fleet, or damaged state, is forgotten.
+        Enrolling again in the same fleet keeps what is trusted; with `replace` it is forgotten.
+        Raises FleetError, or TrustError for a root that does not verify.
         """
         bundle = read_enrolment(data)
-        if fingerprint is not None and not hmac.compare_digest(fingerprint.lower(), bundle.fingerprint):
+        if fingerprint is not None and fingerprint.lower() != bundle.fingerprint:
             raise TrustError(f"The bundle's root has the fingerprint {bundle.fingerprint}, not that one.")
         standing({"root": bundle.root})
         if replace:
@@ -130,8 +129,8 @@ class Device:
         expires = f"{trusted.expires:%Y-%m-%d %H:%M} UTC"
         if now >= trusted.expires:
             sentence = (
-                f"The {trusted.expires_first} metadata of {bundle.fleet} expired on {expires}: this machine takes "
-                "no updates until it finds newer metadata, and goes on serving what it has."
+                f"The {trusted.expires_first} metadata of {bundle.fleet} expired on {expires}: this machine "
+                "takes no updates until it finds newer metadata, and goes on serving what it has."
             )
         elif not trusted.complete:
             sentence = f"This machine is enrolled in {bundle.fleet} and has not fetched its metadata yet."
@@ -140,7 +139,7 @@ class Device:
         return State(bundle, trusted, trusted.complete and now < trusted.expires, sentence)
 
     async def refresh(self, mirrors: Sequence[Fetcher] | None = None) -> Standing:
-        """Bring trusted metadata up to date from the first mirror that can. Raises the last mirror's error."""
+        """Bring trusted metadata up to date from the first mirror that can. Raises the last one's error."""
 
         async def nothing(_: Verification, __: Fetcher) -> None:
             return None
@@ -234,8 +233,8 @@ class Device:
 def bind(found: Found, *, running: str) -> FleetTarget:
     """A verified target as what it claims to be: the role, the path, the size and the manifest must agree.
 
-    A target of kind adapters comes from the role adapters, or from one that adapters delegates to, and from no
-    other: not even from the top-level targets role. Raises TrustError or ManifestError.
+    A target of kind adapters comes from the role adapters, or from one that adapters delegates to, and from
+    no other: not even from the top-level targets role. Raises TrustError or ManifestError.
     """
     file = found.file
     custom = file.unrecognized_fields.get("custom")
@@ -247,7 +246,9 @@ def bind(found: Found, *, running: str) -> FleetTarget:
             f"The role {found.role!r} vouches for {file.path!r}, which only the role {manifest.kind!r} may."
         )
     if manifest.size != file.length:
-        raise TrustError(f"The target {file.path!r} has {file.length} bytes, but its manifest {manifest.size}.")
+        raise TrustError(
+            f"The target {file.path!r} has {file.length} bytes, but its manifest {manifest.size}."
+        )
     if "sha256" not in file.hashes:
         raise TrustError(f"The target {file.path!r} has no sha256.")
     digest = file.hashes["sha256"]

@@ -1,7 +1,7 @@
 """The enrolment bundle: one file that gives a device its first trust, from a person's hands.
 
-It holds a root of trust, so it must come on a way that is trusted (a stick, an image, a managed install), or its
-fingerprint must be compared on one.
+It holds a root of trust, so it must come on a way that is trusted (a stick, an image, a managed install), or
+its fingerprint must be compared on one.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Enrolment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 def read_enrolment(data: bytes) -> Enrolment:
-    """A bundle from its bytes. Raises FleetError; whether the root verifies is for the verification to say."""
+    """A bundle from its bytes. Raises FleetError. Whether the root verifies is not looked at here."""
     if len(data) > LIMIT:
         raise FleetError(f"The enrolment bundle is larger than {LIMIT:,} bytes.")
     try:

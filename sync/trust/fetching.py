@@ -79,7 +79,7 @@ class FolderFetcher:
 class HttpFetcher:
     """A mirror behind a URL. Redirects are not followed: a mirror is where the fleet says it is.
 
-    patience: seconds that a file may take in any case; past them it must have come at `slowest` bytes a second.
+    patience: seconds that a file may take in any case; after them it must have come at `slowest` bytes/s.
     """
 
     def __init__(
@@ -129,7 +129,9 @@ class HttpFetcher:
         try:
             return await asyncio.wait_for(step, max(seconds, 0))
         except TimeoutError as error:
-            raise SourceError(f"{self.address} sends {name} too slowly.", hint="Try another mirror.") from error
+            raise SourceError(
+                f"{self.address} sends {name} too slowly.", hint="Try another mirror."
+            ) from error
 
 
 def checked_name(name: str) -> str:

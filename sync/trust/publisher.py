@@ -3,9 +3,10 @@
     metadata/timestamp.json, N.snapshot.json, N.targets.json, N.<kind>.json, N.root.json
     targets/            see target_store.py
 
-Every step writes new, versioned files first and timestamp.json last, so that a reader of the static files, or a
-step that is killed, sees the old repository or the new one and never a mix. No file but timestamp.json is ever
-written twice under one name. Keys are asked only for the roles that a step signs: root keys can stay offline.
+Every step writes new, versioned files first and timestamp.json last, so that a reader of the static files
+sees the old repository or the new one and never a mix, also when a step is killed. No file but timestamp.json
+is ever written twice under one name. Keys are asked only for the roles that a step signs: root keys can stay
+offline.
 """
 
 from __future__ import annotations
@@ -147,9 +148,9 @@ class Publisher:
     def rotate(self, role: str, lost: Sequence[str] = ()) -> list[str]:
         """Give a role new keys; returns their names. Raises FleetError.
 
-        lost: names of root keys to replace; all of them if none is named. The old root keys that are at hand sign
-        too, and must reach the old threshold. For timestamp, snapshot and targets there is a root version in
-        between that knows both keys, so that devices never meet metadata that their root does not accept.
+        lost: names of root keys to replace; all of them if none is named. The old root keys that are at hand
+        sign too, and must reach the old threshold. For timestamp, snapshot and targets there is a root version
+        in between that knows both keys: devices never meet metadata that their root refuses.
         """
         with self._changing():
             if role == "root":
@@ -182,7 +183,9 @@ class Publisher:
         by_name = {names.get(keyid, keyid): keyid for keyid in keyids}
         for name in lost:
             if name not in by_name:
-                raise FleetError(f"{name!r} is no root key.", hint=f"There are: {', '.join(sorted(by_name))}.")
+                raise FleetError(
+                    f"{name!r} is no root key.", hint=f"There are: {', '.join(sorted(by_name))}."
+                )
         gone = [by_name[name] for name in lost] or list(keyids)
         fresh = [self._new_key("root") for _ in gone]
 
@@ -217,7 +220,7 @@ class Publisher:
         self._write_root(root, before)
 
     def _write_root(self, root: Root, before: Sequence[str]) -> None:
-        """Sign with every root key, old and new, that can sign; keys that cannot are lost, within the threshold."""
+        """Sign with every root key, old and new, that can; the others are lost, within the threshold."""
         metadata, names, failure = Metadata(root), self._signers.names(), None
         for keyid in dict.fromkeys((*before, *root.roles["root"].keyids)):
             if keyid in names:
@@ -245,7 +248,9 @@ class Publisher:
         for role, targets in changed.items():
             targets.version = repository.next_version(role)
             targets.expires = self._expiry(role)
-            keyids = root.roles["targets"].keyids if role == "targets" else top.get_delegated_role(role).keyids
+            keyids = (
+                root.roles["targets"].keyids if role == "targets" else top.get_delegated_role(role).keyids
+            )
             data = self._signed(Metadata(targets), keyids, only)
             files[f"{targets.version}.{role}.json"] = data
             listed.meta[f"{role}.json"] = MetaFile.from_data(targets.version, data, ["sha256"])

@@ -3,8 +3,8 @@
     trusted             a line with the sha256 of the rest, then the rest: JSON, bytes of each role
     trusted.previous    the one before
 
-A file is written aside, synced and renamed. One that is torn all the same (a dying disk, a copy that broke off)
-fails its checksum, and the previous one is used: older, but whole.
+A file is written aside, synced and renamed. One that is torn all the same (a dying disk, a copy that broke
+off) fails its checksum, and the previous one is used: older, but whole.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Record:
         self.previous = folder / "trusted.previous"
 
     def load(self) -> dict[str, bytes] | None:
-        """Bytes by role of the newest whole file; None if there never was one. Raises TrustError if all are torn."""
+        """Bytes by role of the newest whole file, None without any. Raises TrustError if all are torn."""
         for path in (self.path, self.previous):
             files = _read(path)
             if files is not None:

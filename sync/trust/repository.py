@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from tuf.api.exceptions import RepositoryError
-from tuf.api.metadata import Metadata, MetaFile, Root, Signed, Snapshot, Targets, Timestamp
+from tuf.api.metadata import Metadata, Root, Signed, Snapshot, Targets, Timestamp
 
 from lichen.errors import FleetError
 from lichen.sync.durable import write_file
@@ -20,7 +20,7 @@ Part = TypeVar("Part", Root, Timestamp, Snapshot, Targets)
 
 
 class Repository:
-    """The repository under `folder`. Its own files are read as trusted: who can write them holds no keys by that."""
+    """The repository under `folder`. Its files are believed: whoever can change them has no keys."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -90,9 +90,9 @@ class Repository:
 
     def _parse(self, name: str, kind: type[Part]) -> Part:
         try:
-            signed = Metadata[Signed].from_bytes(self.read(name)).signed
+            metadata: Metadata[Part] = Metadata.from_bytes(self.read(name))
         except RepositoryError as error:
             raise FleetError(f"{self._metadata / name} is damaged: {error}.") from error
-        if not isinstance(signed, kind):
+        if not isinstance(metadata.signed, kind):
             raise FleetError(f"{self._metadata / name} is not what its name says.")
-        return signed
+        return metadata.signed

@@ -4,8 +4,8 @@
     <name>.pub          the public key, PEM
     <name>.pem          the private key, PKCS8 encrypted with the passphrase (URI `lichen-file:<name>.pem`)
 
-A URI is whatever securesystemslib has a signer for: `hsm:`, `awskms:`, `gcpkms:`, `azurekms:`, `hv:` and others
-(SIGNER_FOR_URI_SCHEME). To move a key into hardware, put its public key into `<name>.pub` and change its line.
+A URI is whatever securesystemslib has a signer for: `hsm:`, `awskms:`, `gcpkms:`, `azurekms:`, `hv:` and
+others (SIGNER_FOR_URI_SCHEME). To move a key into hardware, change its line; `<name>.pub` stays.
 Which key may sign for which role stands in the signed metadata, not here.
 """
 
@@ -84,7 +84,9 @@ class Signers:
         secret = self._passphrase("passphrase")
         if len(secret) < SHORTEST:
             raise FleetError(f"The passphrase is too short: take at least {SHORTEST} characters.")
-        pem = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(secret.encode()))
+        pem = private.private_bytes(
+            Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(secret.encode())
+        )
         public = private.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -92,7 +94,9 @@ class Signers:
             write_file(self.folder / f"{name}.pub", public)
             self._write({**uris, name: f"{SCHEME}:{name}.pem"})
         except OSError as error:
-            raise FleetError(f"The folder of keys {self.folder} cannot be written: {error.strerror}.") from error
+            raise FleetError(
+                f"The folder of keys {self.folder} cannot be written: {error.strerror}."
+            ) from error
         return self.public(name)
 
     def uris(self) -> dict[str, str]:

@@ -1,20 +1,22 @@
 """TUF's client workflow as decisions on bytes and a clock: this module opens no file and no socket.
 
 A walk is a generator: it yields the file that it wants (`Wanted`), is sent that file's bytes, or None if the
-repository has no such file, and returns when it has decided or raises what is wrong. Who fetches, and from where,
-is not known here. https://theupdateframework.github.io/specification/latest/#detailed-client-workflow, chapter 5.
+repository has no such file, and returns when it has decided or raises what is wrong. Who fetches, and from
+where, is not known here. Numbers in docstrings are chapters of
+https://theupdateframework.github.io/specification/latest/#detailed-client-workflow.
 
 The rules of each step (signatures, thresholds, versions, expiry, hashes) are python-tuf's TrustedMetadataSet.
-Its clock is an attribute, `reference_time`, which is set here; `tests/sync/trust/test_verification.py` fails if
-a new release stops heeding it.
+Its clock is an attribute, `reference_time`, which is set here; `tests/sync/test_device.py` fails if a new
+release stops heeding it.
 """
 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 from urllib.parse import quote
 
@@ -61,7 +63,7 @@ class Found:
 
     @property
     def names(self) -> dict[str, str]:
-        """Names of the file below `targets/` by the kind of digest in them; empty without consistent snapshots."""
+        """Names of the file below `targets/`, by the digest in them; empty without consistent snapshots."""
         if not self.consistent:
             return {}
         folder, slash, name = self.file.path.rpartition("/")
@@ -163,15 +165,13 @@ class Verification:
             return
         meta = self._set.timestamp.snapshot_meta
         prefix = f"{meta.version}." if self._consistent else ""
-        data = _present(
-            (yield Wanted(f"{prefix}snapshot.json", meta.length or SNAPSHOT_LIMIT)), "snapshot"
-        )
+        data = _present((yield Wanted(f"{prefix}snapshot.json", meta.length or SNAPSHOT_LIMIT)), "snapshot")
         with _explained("snapshot"):
             self._set.update_snapshot(data)
         self.remembered["snapshot"] = data
 
     def _targets(self, role: str, delegator: str) -> Walk[Targets]:
-        """5.6, for the top-level targets and for delegated roles: the remembered one if it is still current."""
+        """5.6, for top-level targets and for delegated roles: the remembered one if it is still current."""
         if self._set.contains(role, delegator):
             return self._as_targets(role)
         if role in self.remembered:
@@ -183,9 +183,7 @@ class Verification:
         if meta is None:
             raise TrustError(f"The fleet's snapshot does not list the role {role!r}.")
         prefix = f"{meta.version}." if self._consistent else ""
-        data = _present(
-            (yield Wanted(f"{prefix}{quote(role, '')}.json", meta.length or TARGETS_LIMIT)), role
-        )
+        data = _present((yield Wanted(f"{prefix}{quote(role, '')}.json", meta.length or TARGETS_LIMIT)), role)
         with _explained(role):
             self._set.update_delegated_targets(data, role, delegator)
         self.remembered[role] = data
@@ -219,10 +217,10 @@ def standing(remembered: Mapping[str, bytes]) -> Standing:
     """What is trusted without looking anywhere, expired or not. Raises TrustError for a bad root."""
     verification = Verification(remembered, datetime.datetime.min.replace(tzinfo=datetime.UTC))
     trusted = verification._set
-    steps = (
-        ("timestamp", lambda data: trusted.update_timestamp(data)),
-        ("snapshot", lambda data: trusted.update_snapshot(data, trusted=True)),
-        ("targets", lambda data: trusted.update_targets(data)),
+    steps: tuple[tuple[str, Callable[[bytes], object]], ...] = (
+        ("timestamp", trusted.update_timestamp),
+        ("snapshot", partial(trusted.update_snapshot, trusted=True)),
+        ("targets", trusted.update_targets),
     )
     roles = ["root"]
     for role, load in steps:
@@ -250,7 +248,7 @@ def _present(data: bytes | None, role: str) -> bytes:
 
 @contextmanager
 def _explained(role: str) -> Iterator[None]:
-    """python-tuf's errors as lichen's. ValueError: a role that nobody delegates to, or fields of a wrong type."""
+    """python-tuf's errors as lichen's; a role that nobody delegates to is a ValueError there."""
     try:
         yield
     except ExpiredMetadataError as error:

@@ -1,4 +1,4 @@
-"""The conformance client as TUF's suite drives it: its command line, a real server, and the metadata it shows."""
+"""The conformance client as TUF's suite drives it: its command line, a real server, the metadata it shows."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A TUF repository in memory that can be made to lie: the enemy of the tests of trust.
 
-It signs whatever it is told to sign and serves it as a mirror. A test changes a role's object, releases it, and
-then tampers with files, keys or versions as the attack demands.
+It signs whatever it is told to sign and serves it as a mirror. A test changes a role's object, releases it,
+and then tampers with files, keys or versions as the attack demands.
 """
 
 from __future__ import annotations
@@ -38,13 +38,14 @@ Files = dict[str, bytes]
 def manifest(path: str, length: int, **more: Any) -> dict[str, Any]:
     """Custom metadata of a sound target."""
     kind, _, name = path.partition("/")
-    own: dict[str, Any] = {
+    by_kind: dict[str, dict[str, Any]] = {
         "models": {"architecture": "llama"},
         "adapters": {"base": BASE},
         "mixtures": {"base": BASE, "shares": [{"sha256": "a" * 64, "weight": 1.0}]},
         "checkpoints": {"base": BASE, "use": "draft_head"},
         "policies": {"schema": 1},
-    }.get(kind, {})
+    }
+    own = by_kind.get(kind, {})
     return {"kind": kind, "name": name, "size": length, "licence": "Apache-2.0", **own, **more}
 
 
@@ -64,7 +65,9 @@ class HostileRepository:
         self.root.roles["root"].threshold = threshold
         self.timestamp = Timestamp(0 + 1, expires=YEAR)
         self.snapshot = Snapshot(1, expires=YEAR, meta={})
-        self.roles: dict[str, Targets] = {"targets": Targets(1, expires=YEAR, delegations=Delegations({}, {}))}
+        self.roles: dict[str, Targets] = {
+            "targets": Targets(1, expires=YEAR, delegations=Delegations({}, {}))
+        }
         for kind in KINDS:
             self.delegate("targets", kind, [f"{kind}/*"], self.keys[kind])
         self.sign_root()
@@ -165,7 +168,7 @@ class HostileRepository:
 
 
 class MemoryMirror:
-    """A fetcher over a dictionary. endless: names that never end. broken: names that break off."""
+    """A fetcher over a dictionary. endless: names that never end."""
 
     def __init__(self, files: Files, address: str = "memory:") -> None:
         self.files, self._address = files, address
@@ -197,8 +200,9 @@ class DeadMirror(MemoryMirror):
     """A mirror that cannot be reached."""
 
     async def stream(self, name: str, limit: int) -> AsyncIterator[bytes]:
+        for part in self.files.values():
+            yield part
         raise SourceError("the mirror is dead")
-        yield b""
 
 
 def new_key() -> CryptoSigner:

@@ -12,50 +12,9 @@ from pathlib import Path
 import pytest
 from tuf.api.metadata import MetaFile, TargetFile, Targets
 
-from lichen.errors import HashMismatch, LichenError, MetadataExpired, NotFound, SourceError, TrustError
-from lichen.sync.trust.device import Device
-from lichen.sync.trust.enrolment import Enrolment, write_enrolment
-from lichen.sync.trust.verification import Standing
+from lichen.errors import HashMismatch, MetadataExpired, NotFound, SourceError, TrustError
+from tests.sync.hostile_fleet import LICHEN, PATH, Fleet
 from tests.sync.hostile_repository import NOW, DeadMirror, HostileRepository, MemoryMirror, new_key, signed
-
-LICHEN = "0.1.0"
-PATH = "models/small"
-
-
-class Fleet:
-    """A repository with one model, and a device that has seen it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.repository = HostileRepository()
-        self.repository.add(PATH, b"weights")
-        self.repository.release()
-        self.now = NOW
-        self.device = Device(folder / "fleet", clock=lambda: self.now)
-        bundle = Enrolment(fleet="moss", root=self.repository.first_root, mirrors=("https://m.example/",))
-        self.device.enrol(write_enrolment(bundle))
-        self.refresh()
-
-    def refresh(self, *mirrors: MemoryMirror) -> Standing:
-        return asyncio.run(self.device.refresh(list(mirrors) or [self.repository.mirror()]))
-
-    def fetch(self, folder: Path, *mirrors: MemoryMirror) -> bytes:
-        async def both() -> None:
-            chosen = list(mirrors) or [self.repository.mirror()]
-            target = await self.device.target(PATH, running=LICHEN, mirrors=chosen)
-            await self.device.download(target, folder / "got", chosen)
-
-        asyncio.run(both())
-        return (folder / "got").read_bytes()
-
-    def versions(self) -> dict[str, int]:
-        return dict(self.device.state().standing.versions)
-
-    def refuses(self, error: type[LichenError], match: str, *mirrors: MemoryMirror) -> None:
-        """The refresh fails so, and what was trusted stays."""
-        before = self.versions()
-        with pytest.raises(error, match=match):
-            self.refresh(*mirrors)
-        assert self.versions() == before
 
 
 @pytest.fixture
@@ -80,7 +39,9 @@ def test_arbitrary_software_of_a_stranger_is_refused(fleet: Fleet) -> None:
 
 
 @pytest.mark.parametrize("role", ["snapshot", "targets", "models"])
-def test_arbitrary_metadata_in_the_place_of_one_role_is_refused(fleet: Fleet, role: str, tmp_path: Path) -> None:
+def test_arbitrary_metadata_in_the_place_of_one_role_is_refused(
+    fleet: Fleet, role: str, tmp_path: Path
+) -> None:
     repository = fleet.repository
     repository.keys[role] = [new_key()]
     repository.add(PATH, b"malware")
@@ -160,7 +121,7 @@ def test_expiry_of_any_role_stops_updates(fleet: Fleet, tmp_path: Path, role: st
 
 
 def test_mix_and_match_of_two_releases_is_refused(fleet: Fleet) -> None:
-    """A snapshot of another release, as old and as long, under the name of the current one; a role likewise."""
+    """A snapshot of another release, as old and as long, under the current one's name; a role likewise."""
     repository = fleet.repository
     other = repository.copy()
     for part in (other.snapshot, *other.roles.values()):
@@ -229,7 +190,7 @@ def test_extraneous_dependencies_of_another_role_are_refused(fleet: Fleet) -> No
 
 
 def test_fast_forward_is_recovered_from_by_new_keys(fleet: Fleet) -> None:
-    """Stolen online keys count versions far up; new keys in root let the honest, smaller versions count again."""
+    """Stolen online keys count versions far up; new keys in root let honest, smaller versions count again."""
     repository = fleet.repository
     honest = repository.copy()
     repository.timestamp.version = 2**31
@@ -276,7 +237,7 @@ def test_a_new_root_must_be_signed_by_its_own_threshold_too(fleet: Fleet) -> Non
 
 
 def test_keys_stolen_at_the_threshold_lose_to_a_rotation(fleet: Fleet) -> None:
-    """After the owner has rotated, what the stolen keys sign is worth nothing to a device that has seen it."""
+    """Once a device has seen the owner's rotation, what the stolen keys sign is worth nothing to it."""
     repository = fleet.repository
     thief = repository.copy()
     fresh = [new_key() for _ in range(3)]
@@ -380,9 +341,7 @@ def test_a_role_below_the_kind_may_vouch_for_it(fleet: Fleet) -> None:
     repository.delegate("adapters", "oslo", ["adapters/oslo-*"], [new_key()])
     repository.add("adapters/oslo-1", b"lora", role="oslo")
     repository.release()
-    got = asyncio.run(
-        fleet.device.target("adapters/oslo-1", running=LICHEN, mirrors=[repository.mirror()])
-    )
+    got = asyncio.run(fleet.device.target("adapters/oslo-1", running=LICHEN, mirrors=[repository.mirror()]))
     assert got.manifest.kind == "adapters"
 
 
@@ -390,9 +349,7 @@ def test_a_target_whose_manifest_lies_about_its_size_is_refused(fleet: Fleet) ->
     fleet.repository.add("models/liar", b"1234", size=5)
     fleet.repository.release()
     with pytest.raises(TrustError, match="has 4 bytes, but its manifest 5"):
-        asyncio.run(
-            fleet.device.target("models/liar", running=LICHEN, mirrors=[fleet.repository.mirror()])
-        )
+        asyncio.run(fleet.device.target("models/liar", running=LICHEN, mirrors=[fleet.repository.mirror()]))
 
 
 def test_a_targets_file_of_another_type_is_refused(fleet: Fleet) -> None:

@@ -113,7 +113,7 @@ def test_a_root_signed_by_too_few_gives_no_first_trust(tmp_path: Path) -> None:
 
 
 async def test_a_torn_file_gives_way_to_the_previous_one(tmp_path: Path) -> None:
-    """Every kind of damage is noticed; rollback protection is that of the previous set, and both torn is said."""
+    """Every damage is noticed; the previous set guards against rollback; two torn files are said."""
     repository = HostileRepository()
     device, folder = Device(tmp_path, clock=lambda: NOW), tmp_path
     device.enrol(bundle(repository))

@@ -51,7 +51,7 @@ async def test_slow_retrieval_is_cut(server: ModelServer) -> None:
     """A mirror that drips stays below the least rate, and one that says nothing is not waited for."""
     server.pause = 0.4
     silent = threading.Event()
-    server.answers["/fleet/silent"] = lambda _: (silent.wait(5) and 200 or 200, {}, b"")
+    server.answers["/fleet/silent"] = lambda _: (200 + 0 * silent.wait(5), {}, b"")
     async with httpx.AsyncClient() as client:
         mirror = HttpFetcher(client, f"{server.url}/fleet", patience=0.3, slowest=10_000_000)
         for name in ("metadata/timestamp.json", "silent"):
@@ -60,12 +60,26 @@ async def test_slow_retrieval_is_cut(server: ModelServer) -> None:
                 await read(mirror, name, 1 << 20)
             assert time.monotonic() - begun < 2
         patient = HttpFetcher(client, f"{server.url}/fleet", patience=0.3, slowest=10_000)
-        assert len(await read(patient, "metadata/timestamp.json", 1 << 20)) == 200_000, "slow, but fast enough"
+        assert len(await read(patient, "metadata/timestamp.json", 1 << 20)) == 200_000, (
+            "slow, but fast enough"
+        )
     silent.set()
 
 
 @pytest.mark.parametrize(
-    "name", ["../secret", "a/../../secret", "/etc/passwd", "", "a//b", ".hidden", "a\x00b", "a?b", "a\\b", "x" * 2000]
+    "name",
+    [
+        "../secret",
+        "a/../../secret",
+        "/etc/passwd",
+        "",
+        "a//b",
+        ".hidden",
+        "a\x00b",
+        "a?b",
+        "a\\b",
+        "x" * 2000,
+    ],
 )
 async def test_a_name_that_leads_elsewhere_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "secret").write_text("s")
@@ -88,7 +102,9 @@ async def test_a_folder_is_a_mirror(tmp_path: Path) -> None:
         await read(mirror, "metadata", 4)
 
 
-@pytest.mark.parametrize("url", ["", "ftp://x/y", "http://", "m.example", "http://x:99999999/", "https://x/?q=1", "http://[::"])
+@pytest.mark.parametrize(
+    "url", ["", "ftp://x/y", "http://", "m.example", "http://x:99999999/", "https://x/?q=1", "http://[::"]
+)
 def test_what_cannot_be_a_mirror_is_refused(url: str) -> None:
     with pytest.raises(FleetError, match="cannot be a mirror"):
         check_mirror(url)

@@ -88,7 +88,8 @@ def test_a_missing_field_or_manifest_is_named() -> None:
     del without["base"]
     with pytest.raises(ManifestError, match="missing required field `base`"):
         read_manifest(without, running=RUNNING)
-    for nothing in (None, [], "models", 3):
+    nothings: tuple[object, ...] = (None, [], "models", 3)
+    for nothing in nothings:
         with pytest.raises(ManifestError, match="has no manifest"):
             read_manifest(nothing, running=RUNNING)
     with pytest.raises(ManifestError, match="malformed"):

@@ -8,10 +8,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from securesystemslib.signer import SIGNER_FOR_URI_SCHEME, CryptoSigner, Key, SecretsHandler, Signature, Signer
+from securesystemslib.signer import (
+    SIGNER_FOR_URI_SCHEME,
+    CryptoSigner,
+    Key,
+    SecretsHandler,
+    Signature,
+    Signer,
+)
 from tuf.api.metadata import Metadata
 
 from lichen.errors import FleetError, NotFound
@@ -103,7 +111,9 @@ def test_no_file_but_the_timestamp_is_written_twice(studio: Studio) -> None:
     after = studio.files()
     changed = [name for name, data in before.items() if after[name] != data]
     assert changed == ["metadata/timestamp.json"]
-    assert not [name for name in after if name.rpartition("/")[2].startswith(".")], "nothing half-made is left"
+    assert not [name for name in after if name.rpartition("/")[2].startswith(".")], (
+        "nothing half-made is left"
+    )
 
 
 @pytest.mark.parametrize("role", ["root", "timestamp", "snapshot", "targets", "models", "adapters"])
@@ -146,7 +156,7 @@ async def test_a_timestamp_is_renewed_without_any_other_key(studio: Studio) -> N
     studio.now += datetime.timedelta(days=6)
     await studio.device.refresh([studio.mirror])
     assert studio.device.state().can_update
-    with pytest.raises(FleetError, match="key file .*snapshot"):
+    with pytest.raises(FleetError, match=r"key file .*snapshot"):
         studio.publisher().renew(["snapshot"])
 
 
@@ -167,7 +177,7 @@ def test_key_files_are_encrypted_and_a_wrong_passphrase_is_said(studio: Studio) 
 class StandIn(Signer):
     """A hardware signer that holds its own key: `stand-in:<slot>`."""
 
-    slots: dict[str, CryptoSigner] = {}
+    slots: ClassVar[dict[str, CryptoSigner]] = {}
 
     def __init__(self, held: CryptoSigner) -> None:
         self._held = held
@@ -232,7 +242,9 @@ else:
 @pytest.mark.parametrize(
     ("step", "at"), [("publish", at) for at in (1, 2, 3, 4)] + [("timestamp", at) for at in (4, 5, 6)]
 )
-async def test_kill_9_between_any_two_files_leaves_a_valid_repository(studio: Studio, step: str, at: int) -> None:
+async def test_kill_9_between_any_two_files_leaves_a_valid_repository(
+    studio: Studio, step: str, at: int
+) -> None:
     """Each rename of a step is where the process dies in turn; old and new devices still verify, and the step
     can be done again."""
     studio.publish("models/small", b"one")
