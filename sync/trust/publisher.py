@@ -149,8 +149,8 @@ class Publisher:
         """Give a role new keys; returns their names. Raises FleetError.
 
         lost: names of root keys to replace; all of them if none is named. The old root keys that are at hand
-        sign too, and must reach the old threshold. For timestamp, snapshot and targets there is a root version
-        in between that knows both keys: devices never meet metadata that their root refuses.
+        sign too, and must reach the old threshold. For timestamp, snapshot and targets a root version
+        in between knows both keys: devices never meet metadata that their root refuses.
         """
         with self._changing():
             if role == "root":
