@@ -27,6 +27,10 @@
     │   ├── JournalDamaged            500  its file is not what lichen wrote; the daemon puts it aside
     │   ├── JournalBusy               503  another process holds it, or too much waits to be written
     │   └── JournalFull               507  the disk is full or the journal's bound is reached
+    ├── FleetError                    500  membership of a fleet, or a fleet's repository, is not in order
+    │   ├── TrustError                502  metadata or bytes of the fleet do not verify
+    │   ├── MetadataExpired           503  the fleet's metadata is too old; updates stop, serving does not
+    │   └── ManifestError             422  what a target says of itself is malformed or too new
     ├── ModelFileError                422  a GGUF that breaks its own rules
     ├── TensorError                   422  numbers or buffers that cannot be stored in a tensor's type
     └── EngineError                   500  the native engine failed
@@ -273,6 +277,33 @@ class LessonError(RequestError):
     """A file of lessons that cannot be learned from as it is; the message names the first bad lines."""
 
     code = "bad_lessons"
+
+
+class FleetError(LichenError):
+    """This machine's membership of a fleet, or the publisher's repository, is not in order."""
+
+    code = "fleet_error"
+
+
+class TrustError(FleetError):
+    """Metadata or bytes of the fleet do not verify; nothing of them was used."""
+
+    status = 502
+    code = "untrusted"
+
+
+class MetadataExpired(FleetError):
+    """The fleet's metadata has expired: nothing new is taken, what is here keeps serving."""
+
+    status = 503
+    code = "metadata_expired"
+
+
+class ManifestError(FleetError):
+    """What a target says of itself is malformed, of an unknown kind, or for a newer lichen."""
+
+    status = 422
+    code = "bad_manifest"
 
 
 class ModelFileError(LichenError):
