@@ -11,7 +11,6 @@ import argparse
 import asyncio
 import hashlib
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -31,7 +30,9 @@ from lichen.errors import LichenError
 from lichen.quant.gguf_check import tensor_places
 from lichen.sync.chunks import fetch, find_recipe, publish_file
 from lichen.sync.mirrors import FsspecMirror
+from lichen.sync.recipe import Recipe
 from lichen.sync.store import Store
+from lichen.sync.stored import divide
 
 SHARE = 0.03  # of the tensors that change
 SEEDS = 3
@@ -53,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the table and one JSON line, write the result."""
     flags = argparse.ArgumentParser(prog="python -m bench.chunks", description="bytes and speed of updates")
     flags.add_argument("--model", default="smollm2-135m", help="a GGUF file, or a model of lichen's store")
+    flags.add_argument("--only", choices=("cases", "speed"), help="one half of it")
     flags.add_argument("--work", nargs="+", help=argparse.SUPPRESS)  # a worker process of the speed part
     options = flags.parse_args(arguments)
     if options.work:
@@ -62,8 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         model = model_file(options.model)
         record: dict[str, Any] = {"kind": "chunks", "status": "ok", "birth": certificate(model)}
         with tempfile.TemporaryDirectory() as folder:
-            record["cases"] = _cases(model, Path(folder))
-            record["speed"] = _speed(Path(folder))
+            record["cases"] = _cases(model, Path(folder)) if options.only != "speed" else []
+            record["speed"] = _speed(Path(folder)) if options.only != "cases" else {}
     except LichenError as error:
         print(error, file=sys.stderr)
         return 1
@@ -169,9 +171,10 @@ def _speed(folder: Path) -> dict[str, Any]:
     source = folder / "gigabyte.gguf"
     versions.gigabyte(source)
     work = folder / "speed"
+    hashed = _process("hash", str(source), str(work))
     published = _process("publish", str(source), str(work / "mirror"))
     pulled = _process("pull", published["sha256"], str(work / "mirror"), str(work / "store"))
-    return {"publish": published, "pull": pulled}
+    return {"hash": hashed, "publish": published, "pull": pulled}
 
 
 def _process(*work: str) -> dict[str, Any]:
@@ -182,28 +185,37 @@ def _process(*work: str) -> dict[str, Any]:
 
 
 def _work(what: str, source: str, mirror: str, store: str = "") -> dict[str, Any]:
-    """One worker's job: seconds, MB/s of the file, and peak resident memory in MB."""
+    """One worker's job: its seconds on the clock and of the processor, and its peak resident memory."""
     began = time.perf_counter()
-    if what == "publish":
+    if what == "hash":
+        recipe = divide(Path(source))
+    elif what == "publish":
         recipe = publish_file(Path(source), Path(mirror))
     else:
 
-        async def pull() -> Any:
+        async def pull() -> Recipe:
             mirrors = [FsspecMirror(f"file://{mirror}")]
-            recipe = await find_recipe(source, mirrors)
-            await fetch(recipe, mirrors, Store(Path(store)))
-            return recipe
+            found = await find_recipe(source, mirrors)
+            await fetch(found, mirrors, Store(Path(store)))
+            return found
 
         recipe = asyncio.run(pull())
     seconds = time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    rate = recipe.size / seconds / 1e6
+    busy = time.process_time()
     return {
         "sha256": recipe.sha256,
         "seconds": round(seconds, 2),
-        "mb_s": round(rate, 1),
-        "peak_mb": round(peak, 1),
+        "processor_s": round(busy, 2),
+        "mb_s": round(recipe.size / seconds / 1e6, 1),
+        "mb_processor_s": round(recipe.size / busy / 1e6, 1),
+        "peak_mb": round(_peak() / 1e6, 1),
     }
+
+
+def _peak() -> int:
+    """Peak resident bytes of this process; its ru_maxrss would be at least that of the parent that forked it."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 if __name__ == "__main__":

@@ -73,15 +73,15 @@ def _chunks(store: Store, blob: Path) -> tuple[Chunk, ...]:
     except (OSError, SourceError):
         pass
     try:
-        recipe = _divide(blob)
+        recipe = divide(blob)
     except (OSError, StoreError):
         return ()
     keep(store, recipe)
     return recipe.chunks
 
 
-def _divide(blob: Path) -> Recipe:
-    """Cut and hash a blob that came into the store in another way than by chunks."""
+def divide(blob: Path) -> Recipe:
+    """The chunks of a blob (a file named by its sha256). Raises OSError, StoreError. Blocks."""
     chunks = []
     with blob.open("rb") as file:
         for each in cut(blob):
