@@ -198,7 +198,8 @@ def test_any_shape_and_edge_value_comes_back_near_and_the_same_for_any_threads(d
     if not source.any() and kind is not GGMLType.Q1_0:
         assert not out.any()
     if kind in (GGMLType.F16, GGMLType.BF16, GGMLType.Q8_0):
-        assert np.allclose(out, source, rtol=1e-2, atol=np.abs(source).max() / 120)
+        # F16, the type of scales too, ends at 6e-8: half of that in a scale is 4e-6 at 127 of its steps
+        assert np.allclose(out, source, rtol=1e-2, atol=np.abs(source).max() / 120 + 4e-6)
 
 
 @settings(max_examples=40, deadline=None)
