@@ -230,8 +230,14 @@ class ServedModel:
             None if grammar is None else self._grammars.constraint(grammar, param=form.param)
             for _ in range(count)
         ]
-        tools = self._tools if form.offered else None
-        return self._encoded(text), constraints, lambda: AnswerReader(tools=tools, thinking=thinking)
+        reader = functools.partial(
+            AnswerReader,
+            tools=self._tools if form.offered else None,
+            thinking=thinking,
+            names=tuple(tool.name for tool in form.offered),
+            only_calls=form.only_calls,
+        )
+        return self._encoded(text), constraints, reader
 
     def close(self) -> None:
         """End what runs and give all memory back. Blocks; idempotent."""
