@@ -11,7 +11,6 @@ import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 import lichen
@@ -159,7 +158,6 @@ def test_a_wrong_setting_is_refused() -> None:
 
 FIFTY_LOADS = """
 import asyncio, gc, sys
-import psutil
 import lichen
 
 async def once():
