@@ -20,8 +20,7 @@ from pathlib import Path
 
 import msgspec
 
-from lichen.adapters.lesson_forms import Kind
-from lichen.adapters.lessons import survey
+from lichen.adapters.records import LessonKind
 from lichen.errors import JournalError, JournalFull, NotFound, PayloadTooLarge
 
 MAX_FILE = 512 << 20  # bytes, as OpenAI has it
@@ -44,7 +43,7 @@ class StoredFile(msgspec.Struct, frozen=True, kw_only=True):
     size: int
     sha256: str
     created: int
-    kind: Kind
+    kind: LessonKind
     train: int
     held_out: int
     duplicates: int
@@ -111,6 +110,8 @@ class FileStore:
 
         Raises LessonError naming the bad lines, JournalFull and JournalError.
         """
+        from lichen.adapters.lessons import survey
+
         upload.finish()
         report = survey(upload.path)
         report.require_sound()

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-Kind = Literal["chat", "completion", "preference"]
+from lichen.adapters.records import LessonKind
+
 Name = Annotated[str, Meta(max_length=256)]
 
 
@@ -100,7 +101,7 @@ class Lesson(msgspec.Struct, frozen=True, kw_only=True):
     prompt, completion: of a completion alone.
     """
 
-    kind: Kind
+    kind: LessonKind
     messages: tuple[dict[str, Any], ...] = ()
     tools: tuple[dict[str, Any], ...] = ()
     preferred: tuple[dict[str, Any], ...] = ()

@@ -25,7 +25,8 @@ from typing import BinaryIO, Literal
 
 import msgspec
 
-from lichen.adapters.lesson_forms import Kind, Lesson, LineFault, lesson_of
+from lichen.adapters.lesson_forms import Lesson, LineFault, lesson_of
+from lichen.adapters.records import LessonKind
 from lichen.errors import LessonError
 
 MAX_LINE = 1 << 20  # bytes
@@ -57,7 +58,7 @@ class Report(msgspec.Struct, kw_only=True):
     train: int = 0
     held_out: int = 0
     duplicates: int = 0
-    kind: Kind | None = None
+    kind: LessonKind | None = None
     faults: list[Fault] = []
     fault_count: int = 0
 

@@ -9,7 +9,8 @@ from typing import Any, Literal
 import msgspec
 
 Rating = Literal["up", "down"]
-Kind = Literal["chat", "text"]
+Kind = Literal["chat", "text"]  # of a record
+LessonKind = Literal["chat", "completion", "preference"]
 
 NOBODY = ""  # owner of what came without an API key
 

@@ -9,8 +9,7 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from lichen.adapters.files import StoredFile
-from lichen.adapters.lesson_forms import Kind
-from lichen.adapters.records import Entry, Rating, Record
+from lichen.adapters.records import Entry, LessonKind, Rating, Record
 from lichen.errors import RequestError
 from lichen.runtime.http.schema import MAX_CHOICES, ChatMessage, explained
 
@@ -118,7 +117,7 @@ class FilesQuery(Struct, kw_only=True, forbid_unknown_fields=True):
 class LessonCounts(Struct, kw_only=True):
     """lichen's own: what a file teaches."""
 
-    kind: Kind
+    kind: LessonKind
     train: int
     held_out: int
     duplicates: int
