@@ -18,7 +18,7 @@ from torch.nn import functional
 from lichen.errors import RequestError
 from lichen.models.decoder import Decoder
 
-LOGIT_BYTES = 32 << 20  # of one part's logits in float32; larger parts were not faster
+LOGIT_BYTES = 32 << 20  # of one part's logits in float32: 170 positions of the default model
 
 PartLoss: TypeAlias = Callable[[Tensor, slice], Tensor]
 """From a part of the hidden states and which part it is to its share of the loss, a scalar."""
