@@ -16,7 +16,7 @@ Fields = Mapping[str, Any]
 
 WEATHER: dict[str, Any] = {
     "type": "object",
-    "properties": {"city": {"type": "string", "maxLength": 12}},
+    "properties": {"city": {"type": "string", "maxLength": 8}},
     "required": ["city"],
     "additionalProperties": False,
 }
@@ -79,12 +79,10 @@ AXES: dict[str, Axis] = {
     "neighbour": Axis({"none": {}, "stream": {}, "prefill": {}}),
 }
 
-SHARED = (
-    "You write for a small magazine about rivers, boats and the people who live beside them. Be vivid, use "
-    "plain words, keep to the point, and never use lists."
-)
-SHARED_TOKENS = 30  # at least; what a warm request must find in the cache
-MAX_TOKENS = 32  # enough for a call or an object of these
+SHARED = "You write for a small magazine about rivers and boats, and you never use lists."
+SHARED_TOKENS = 16  # at least; what a warm request must find in the cache
+MAX_TOKENS = 28  # enough for a call or an object of these
+FEW_TOKENS = 8  # where nothing has to come to its end
 SUBJECTS = (
     "a lighthouse",
     "an old ferry",
@@ -97,10 +95,22 @@ SUBJECTS = (
 
 
 def messages(number: int, combination: Combination) -> list[dict[str, str]]:
-    """The conversation: with a beginning that others share, or one that nobody had before."""
-    system = SHARED if combination["prefix"] == "shared" else f"Story number {number * 7919}."
-    asked = f"Tell me a long story about {SUBJECTS[number % len(SUBJECTS)]}."
+    """The conversation: with a beginning that others share, or one that nobody had before.
+
+    What comes from an empty cache anyway, or shares its beginning, is the same for each form of an answer, so
+    that its plain answer is computed once.
+    """
+    form = sum(5**at * value for at, value in enumerate(_form(combination)))
+    shared, alone = combination["prefix"] == "shared", combination["deterministic"] == "yes"
+    unlike_all = form if alone else 7919 * (number + 1)
+    system = SHARED if shared else f"Story number {unlike_all}."
+    asked = f"Tell me a long story about {SUBJECTS[form % len(SUBJECTS)]}."
     return [{"role": "system", "content": system}, {"role": "user", "content": asked}]
+
+
+def _form(combination: Combination) -> list[int]:
+    """Which value of each axis that shapes the answer."""
+    return [list(axis.values).index(combination[name]) for name, axis in AXES.items() if axis.shapes]
 
 
 def offered(combination: Combination) -> list[dict[str, Any]]:
@@ -125,7 +135,7 @@ def _base(number: int, combination: Combination) -> dict[str, Any]:
         "model": "default",
         "messages": messages(number, combination),
         "temperature": 0,
-        "max_tokens": MAX_TOKENS if ends else 16,
+        "max_tokens": MAX_TOKENS if ends else FEW_TOKENS,
     }
 
 
