@@ -7,7 +7,7 @@ from llama.cpp's own allocations, and a few constants that were fitted to measur
               and the tables of the vocabulary
     kv        layers x key and value heads x lengths x 2 bytes (f16) x cells; sliding windows are taken
               for full ones, so that it is an upper bound there
-    compute   activations of one batch, its attention mask, the logits of every slot, the graph
+    compute   activations of one batch, its attention mask, the logits of every slot and draft, the graph
 
 What is measured is the resident set of this process (anonymous, file mapped and shared pages). Mapped
 weights count in it although the system may drop them. Not covered: memory of a GPU, pages in swap.
@@ -77,7 +77,7 @@ def estimate(summary: GGUFSummary, options: ModelOptions) -> MemoryEstimate:
     repacked = _REPACKED | (_REPACKED_ON_ARM if platform.machine() in ("aarch64", "arm64") else frozenset())
     activations = _F32 * batch * (_WIDTHS * width + _INNER_WIDTHS * inner)
     mask = _F16 * batch * context
-    logits = _F32 * tokens * options.slots
+    logits = _F32 * tokens * options.outputs
     return MemoryEstimate(
         weights=summary.tensor_bytes
         + sum(size for kind, size in summary.matrix_bytes.items() if kind in repacked)

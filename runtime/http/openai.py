@@ -19,6 +19,7 @@ from lichen.errors import NotFound
 from lichen.runtime.generation import Generation
 from lichen.runtime.http import wording
 from lichen.runtime.http.answers import CHAT, TEXT, Answer, Wording
+from lichen.runtime.http.guard import owner
 from lichen.runtime.http.schema import Body, ChatBody, CompletionBody, EmbeddingsBody, parse
 from lichen.runtime.resident import Candidate, ModelStatus
 from lichen.runtime.served_model import CAPABILITIES, ServedModel
@@ -60,7 +61,9 @@ class OpenAIRoutes:
         body: ChatBody = await read(request, ChatBody)
         messages = [message.plain() for message in body.messages]
         async with self._use(body.model, body.keep_alive) as model:
-            generations = await model.chat(messages, body.sampling(), body.form(), count=body.n)
+            generations = await model.chat(
+                messages, body.sampling(), body.form(), count=body.n, owner=owner()
+            )
             return await _answer(request, body, model, generations, CHAT)
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
@@ -71,7 +74,7 @@ class OpenAIRoutes:
         async with self._use(body.model, body.keep_alive) as model:
             try:
                 for prompt in prompts:
-                    generations += await model.complete(prompt, options, count=body.n)
+                    generations += await model.complete(prompt, options, count=body.n, owner=owner())
             except BaseException:
                 _close(generations)
                 raise

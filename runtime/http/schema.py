@@ -82,6 +82,7 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     stream_options: StreamOptions | None = None
     n: Choices = 1
     deterministic: bool = False  # lichen's own: docs/determinism.md
+    speculation: bool = True  # lichen's own: docs/speculation.md
 
     def sampling(self) -> SamplingOptions:
         """The engine's options; what the request leaves out takes lichen's default."""
