@@ -1,8 +1,8 @@
 """The engine: one thread that owns the native context and turns live sequences into events.
 
-A turn (`_step`) is: plan, draft, decode, draw, deliver. Other threads only put commands into the inbox; nothing
-else ever calls the context, and no lock is held while it decodes. All events of a turn are posted at its
-end, with one wake-up for each event loop that reads them.
+A turn (`_step`) is: plan, draft, decode, draw, deliver. Other threads only put commands into the inbox;
+nothing else ever calls the context, and no lock is held while it decodes. All events of a turn are posted at
+its end, with one wake-up for each event loop that reads them.
 
 A failed decode is given to the sequences in that batch. Their slots are emptied and the context is
 tried with one token: if it answers the engine goes on, otherwise it is `failed`, and every sequence that

@@ -20,7 +20,7 @@ from lichen.runtime.sequence import Sequence
 
 @dataclass(slots=True, frozen=True)
 class Chunk:
-    """Compute `count` tokens of a sequence, from position `start`, and behind them a draft of what may follow.
+    """Compute `count` tokens of a sequence, from position `start`, and a draft of what may follow them.
 
     Only a chunk that completes may have a draft.
     """

@@ -75,15 +75,11 @@ class OllamaRoutes:
     async def _generation(self, model: ServedModel, body: GenerateRequest) -> Generation:
         options = body.sampling(model.info.context)
         if body.raw:
-            (generation,) = await model.complete(
-                body.prompt, options, schema=body.schema(), owner=owner()
-            )
+            (generation,) = await model.complete(body.prompt, options, schema=body.schema(), owner=owner())
             return generation
         messages = [{"role": "system", "content": body.system}] if body.system else []
         messages.append({"role": "user", "content": body.prompt})
-        (generation,) = await model.chat(
-            messages, options, AnswerForm(schema=body.schema()), owner=owner()
-        )
+        (generation,) = await model.chat(messages, options, AnswerForm(schema=body.schema()), owner=owner())
         return generation
 
     async def _load_only(self, name: str, keep_alive: Any, empty: dict[str, Any]) -> web.Response:

@@ -166,7 +166,10 @@ def write(path: Path, owner: bytes, tokens: Sequence[int]) -> None:
 
 
 def read(path: Path, owner: bytes, vocabulary: int) -> list[int]:
-    """The token ids [n] of a file, all below `vocabulary`. Raises ValueError whose text goes on "the file ...", or OSError."""
+    """The token ids [n] of a file, all below `vocabulary`.
+
+    Raises OSError, or ValueError whose text goes on "the file ...".
+    """
     size = path.stat().st_size
     if not _FIXED.size <= size <= _FIXED.size + 4 * 2 * GENERATION:
         raise ValueError("has a length that was never written")

@@ -30,7 +30,8 @@ INCOME = 0.01  # of a plain step that the purse earns with each step
 LOAN = 3.0  # plain steps that it begins with
 FULL = 12.0  # plain steps that it holds at most
 REFRESH = 256  # steps after which a plain one is due, so that there is something to compare with
-FRESH = 64.0  # steps for which a measured cost counts as recent
+FRESH = 32.0  # steps for which a measured cost counts as recent
+BELIEVED = 1500.0  # steps after which it is mostly forgotten, if that makes wider steps look cheaper
 SMOOTHING = 0.2  # share of a new measurement
 KEEP = 0.96  # of what is known of a kind, at each new draft: about the last 25 count
 HALF_LIFE = 300.0  # steps after which half of it is forgotten without one
@@ -61,7 +62,8 @@ class StepCosts:
             self._logs[width] = taken
             self._widths = sorted(self._logs)
         else:
-            change = SMOOTHING * max(-0.7, min(0.7, taken - known))  # one hiccup is not a trend
+            share = max(SMOOTHING, 1.0 - self._trust(width))
+            change = share * max(-0.7, min(0.7, taken - known))  # one hiccup is not a trend
             for other, value in self._logs.items():
                 recent = 0.0
                 if other != width:
@@ -69,7 +71,16 @@ class StepCosts:
                 self._logs[other] = value + change * (1.0 - recent)
         self._seen[width] = self.step
         high = 0.0
-        self._curve = [high := max(high, math.exp(self._logs[one])) for one in self._widths]
+        self._curve = [high := max(high, self._believed(one, width)) for one in self._widths]
+
+    def _trust(self, width: int) -> float:
+        return math.exp((self._seen[width] - self.step) / BELIEVED)
+
+    def _believed(self, width: int, now: int) -> float:
+        """Seconds of a width; the longer ago it was measured, the more it is taken from the width `now`."""
+        trust, value = self._trust(width), self._logs[width]
+        guessed = self._logs[now] + math.log(_shape(width) / _shape(now))
+        return math.exp(trust * value + (1.0 - trust) * min(value, guessed))
 
     def age(self, width: int) -> float:
         """Steps since this width was measured; infinite if it never was."""
@@ -140,7 +151,7 @@ class Acceptance:
         return (self._hits[position] * faded + belief * mean) / tries, tries
 
     def _faded(self, step: int) -> float:
-        return 0.5 ** ((step - self._step) / HALF_LIFE)
+        return math.exp2((self._step - step) / HALF_LIFE)
 
 
 @dataclass(slots=True, frozen=True)
@@ -161,9 +172,9 @@ class Purse:
         gain = tokens / plain_tokens - seconds / plain_s
         self.balance = min(FULL, self.balance + gain + INCOME)
 
-    def earn(self) -> None:
-        """A plain step is over."""
-        self.balance = min(FULL, self.balance + INCOME)
+    def earn(self, cost: float) -> None:
+        """A plain step is over; looking for drafts cost so many plain steps."""
+        self.balance = min(FULL, self.balance + INCOME - cost)
 
 
 class Controller:
@@ -196,6 +207,9 @@ class Controller:
     def lengths(self, n: int, offers: Sequence[Offer], room: int) -> list[int]:
         """How much of each offer to compute: what yields most tokens a second and can be paid."""
         taken = [0] * len(offers)
+        plain = self.costs.seconds(n)
+        if not plain:
+            return taken
         order = sorted(
             (
                 (chance, -place, which)
@@ -204,8 +218,7 @@ class Controller:
             ),
             reverse=True,
         )
-        plain = self.costs.seconds(n)
-        best, chosen = MARGIN * n / plain if plain else math.inf, 0
+        best, chosen = MARGIN * n / plain, 0
         tokens, drafting = float(n), [False] * len(offers)
         for extra, (chance, _, which) in enumerate(order[: max(0, min(room, self._widest(n) - n))], 1):
             tokens += chance
@@ -254,7 +267,7 @@ class Controller:
         if drafted and plain:
             self.purse.settle(plain, tokens, n, whole_s)
         else:
-            self.purse.earn()
+            self.purse.earn((whole_s - compute_s) / plain if plain else 0.0)
 
     def _widest(self, n: int) -> int:
         return max(GROWTH * self.costs.widest + 1, n + 1)

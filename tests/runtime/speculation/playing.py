@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable
+from collections.abc import Sequence as Items
 from unittest.mock import Mock
 
 from lichen.runtime.counters import Counters
@@ -39,11 +40,11 @@ CURVES: dict[str, Curve] = {
     "bound by arithmetic": through((1, 1.0), (4, 2.6), (8, 4.6), (16, 8.3), (48, 24.0)),
     "bound by memory": through((1, 1.0), (8, 1.0), (16, 1.5), (48, 3.5)),
     "in steps of four": lambda width: 1.0 + 0.9 * ((width - 1) // 4),
-    "no gain at all": lambda width: float(width),
+    "no gain at all": float,
 }
 
 
-class Oracle(Drafter):
+class Oracle:
     """Knows the answers, and guesses each token right with a probability that may change over time."""
 
     name = "oracle"
@@ -57,6 +58,14 @@ class Oracle(Drafter):
     @property
     def token_s(self) -> float:
         return self._token_s
+
+    def begin(self, sequence: Sequence) -> None: ...
+
+    def end(self, sequence: Sequence) -> None: ...
+
+    def close(self) -> None: ...
+
+    def observe(self, sequence: Sequence, draft: Draft, accepted: int) -> None: ...
 
     def propose(self, sequence: Sequence, k: int) -> Draft:
         self.proposed += k
@@ -77,7 +86,7 @@ def copying(_: Sequence) -> float:
 
 def play(
     curve: Curve,
-    drafters: list[Drafter],
+    drafters: Items[Drafter],
     *,
     sequences: int = 1,
     tokens: int = 1000,

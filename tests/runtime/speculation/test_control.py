@@ -63,7 +63,7 @@ def test_one_of_four_sequences_drafts_and_the_others_wait_no_longer_than_allowed
 
     speed, counters = play(CURVES["bound by memory"], [Oracle(first_only)], sequences=4)
     assert speed >= 1.0
-    assert counters.draft_accepted > 0.8 * counters.draft_tokens
+    assert counters.draft_accepted > 0.5 * counters.draft_tokens
 
 
 def test_speculation_fades_as_the_batch_fills() -> None:
@@ -145,9 +145,21 @@ def test_a_machine_that_slows_down_as_a_whole_keeps_its_ratios() -> None:
     for _ in range(20):
         costs.observe(1, 0.01)
         costs.observe(8, 0.02)
-    for _ in range(200):
-        costs.observe(1, 0.03)
-    assert 1.6 < costs.seconds(8) / costs.seconds(1) < 2.4
+    for step in range(600):
+        costs.observe(1, 0.01 * (1 + step / 300))
+    assert 1.4 < costs.seconds(8) / costs.seconds(1) < 2.4
+
+
+def test_a_width_that_was_dear_once_is_tried_again_in_time() -> None:
+    """Wide steps were measured while another program ran; nothing else would ever correct that."""
+    controller = Controller()
+    for _ in range(20):
+        controller.costs.observe(1, 0.01)
+        controller.costs.observe(8, 0.2)
+    assert controller.allowance(1, 7) == 0
+    for _ in range(4000):
+        controller.stepped(1, 0, 1, 0.01, 0.01)
+    assert controller.allowance(1, 7) > 0
 
 
 def test_a_width_that_became_dear_alone_is_seen_as_such() -> None:
