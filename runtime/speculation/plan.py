@@ -81,7 +81,7 @@ class Speculation:
         for chunk, live in zip(chunks, lives, strict=True):
             if live is not None:
                 self._choose(chunk.sequence, live, n, room)
-            offers.append(Offer(self._chances(live) if live is not None else ()))
+            offers.append(Offer(self._chances(live, live.draft) if live is not None else ()))
         lengths = self.controller.lengths(n, offers, room)
         self._drafting_s = time.perf_counter() - started
         return [
@@ -101,7 +101,7 @@ class Speculation:
         live.drafter.observe(sequence, live.draft, accepted)
         tested = min(accepted + 1, drafted)
         step = self.controller.costs.step
-        self._record(live).observe(tested, accepted, step)
+        self._record(live, live.draft.kind).observe(tested, accepted, step)
         self.controller.acceptance(live.draft.kind).observe(tested, accepted, step)
 
     def stepped(self, chunks: list[Chunk], tokens: int, seconds: float) -> None:
@@ -126,17 +126,16 @@ class Speculation:
                 if not length or rate <= promised:
                     continue
             draft = drafter.propose(sequence, length)
-            if draft.tokens:
-                live.draft, live.drafter = draft, drafter
-                promised = self.controller.rate(n, self._chances(live))
+            rate = self.controller.rate(n, self._chances(live, draft))
+            if draft.tokens and rate > promised:
+                live.draft, live.drafter, promised = draft, drafter, rate
 
-    def _chances(self, live: _Live) -> list[float]:
-        if not live.draft.tokens:
+    def _chances(self, live: _Live, draft: Draft) -> list[float]:
+        if not draft.tokens:
             return []
-        return self._record(live).chances(len(live.draft.tokens), self.controller.costs.step)
+        return self._record(live, draft.kind).chances(len(draft.tokens), self.controller.costs.step)
 
-    def _record(self, live: _Live, kind: str = "") -> Acceptance:
-        kind = kind or live.draft.kind
+    def _record(self, live: _Live, kind: str) -> Acceptance:
         record = live.records.get(kind)
         if record is None:
             record = live.records[kind] = Acceptance(self.controller.acceptance(kind))

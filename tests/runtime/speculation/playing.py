@@ -68,7 +68,7 @@ class Oracle:
     def observe(self, sequence: Sequence, draft: Draft, accepted: int) -> None: ...
 
     def propose(self, sequence: Sequence, k: int) -> Draft:
-        self.proposed += k
+        self.proposed += 1
         if k <= 0:
             return NOTHING
         right = self._right(sequence)

@@ -78,7 +78,7 @@ def test_speculation_fades_as_the_batch_fills() -> None:
 def test_what_cannot_pay_is_not_even_proposed() -> None:
     drafter = Oracle(copying)
     play(CURVES["no gain at all"], [drafter])
-    assert drafter.proposed < 100
+    assert drafter.proposed < 150, "in a thousand steps"
 
 
 def test_a_drafter_that_costs_time_is_used_only_where_that_pays() -> None:

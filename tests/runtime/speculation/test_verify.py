@@ -122,7 +122,12 @@ def test_an_answer_is_what_plain_decoding_gives(drafter: str, options: dict[str,
 
 
 def test_most_of_a_greedy_answer_comes_from_right_drafts() -> None:
-    request = {"prompt": [1, 2], "temperature": 0, "max_tokens": 64, "logit_bias": {END: -100.0}}
+    request: dict[str, Any] = {
+        "prompt": [1, 2],
+        "temperature": 0,
+        "max_tokens": 64,
+        "logit_bias": {END: -100.0},
+    }
     plain, before = answers([request], [])
     drafted, after = answers([request], [Told(likeliest)])
     assert drafted == plain
@@ -131,7 +136,12 @@ def test_most_of_a_greedy_answer_comes_from_right_drafts() -> None:
 
 
 def test_a_request_may_do_without_while_its_neighbour_drafts() -> None:
-    request = {"prompt": [1, 2], "temperature": 0, "max_tokens": 40, "logit_bias": {END: -100.0}}
+    request: dict[str, Any] = {
+        "prompt": [1, 2],
+        "temperature": 0,
+        "max_tokens": 40,
+        "logit_bias": {END: -100.0},
+    }
     bench = SmallBench([Told(likeliest)])
 
     async def both() -> tuple[Any, Any]:
@@ -148,13 +158,18 @@ def test_a_request_may_do_without_while_its_neighbour_drafts() -> None:
 
 
 def test_an_answer_never_passes_the_end_of_the_context() -> None:
-    request = {"prompt": [1, 2], "temperature": 0, "logit_bias": {END: -100.0}}
+    request: dict[str, Any] = {"prompt": [1, 2], "temperature": 0, "logit_bias": {END: -100.0}}
     (answer,), _ = answers([request], [Told(likeliest)], context=32)
     assert answer[1:] == ("length", 30)
 
 
 def test_a_context_that_cannot_be_cut_computes_again_and_drafts_no_more() -> None:
-    request = {"prompt": [1, 2], "temperature": 0, "max_tokens": 30, "logit_bias": {END: -100.0}}
+    request: dict[str, Any] = {
+        "prompt": [1, 2],
+        "temperature": 0,
+        "max_tokens": 30,
+        "logit_bias": {END: -100.0},
+    }
     plain, _ = answers([request], [])
     bench = SmallBench([DRAFTERS["liar"]()])
     bench.context.cuttable = False
@@ -234,7 +249,7 @@ def test_draws_follow_the_models_own_distribution() -> None:
 
     Each pair of tokens has a distribution of its own; those of the commonest pairs are tested together.
     """
-    requests = [
+    requests: list[dict[str, Any]] = [
         {
             "prompt": [n % END, n % 7],
             "temperature": 1.0,
