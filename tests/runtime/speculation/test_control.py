@@ -63,7 +63,7 @@ def test_one_of_four_sequences_drafts_and_the_others_wait_no_longer_than_allowed
 
     speed, counters = play(CURVES["bound by memory"], [Oracle(first_only)], sequences=4)
     assert speed >= 1.0
-    assert counters.draft_accepted > 0.5 * counters.draft_tokens
+    assert counters.draft_accepted > 800, "of the thousand tokens that could be known"
 
 
 def test_speculation_fades_as_the_batch_fills() -> None:

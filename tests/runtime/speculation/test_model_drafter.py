@@ -121,7 +121,7 @@ def test_it_gives_its_slots_back_and_stays_within_its_context() -> None:
     context = SmallContext(slots=1, context=16, batch=16)
     it = drafter(context, closed)
     for _ in range(3):
-        asked = sequence([1, 2])
+        asked = sequence([2, 3])
         it.begin(asked)
         assert it.propose(asked, 4).tokens
         asked.tokens += [3] * 12
@@ -134,9 +134,9 @@ def test_it_gives_its_slots_back_and_stays_within_its_context() -> None:
 
 def test_a_failing_decode_is_only_a_missing_draft() -> None:
     context = SmallContext(slots=1, context=64, batch=16)
-    it, asked = drafter(context), sequence([1, 2])
+    it, asked = drafter(context), sequence([2, 3])
     it.begin(asked)
     context.codes = [1]
     assert it.propose(asked, 4).tokens == []
     draft = it.propose(asked, 4)
-    assert draft.tokens and draft.tokens == likeliest([1, 2])[: len(draft.tokens)]
+    assert draft.tokens and draft.tokens == likeliest([2, 3])[: len(draft.tokens)]
