@@ -18,12 +18,12 @@ from typing import Any
 from bench import peer as peers
 from bench.answer import AnswerError, read_answer
 from bench.certificate import certificate, close_certificate, model_file, save
+from bench.flags import server_flags
 from bench.numbers import paired_ratio, rounded
 from bench.peer import ROOT, BenchError, Settings, environment
 from bench.server import ProcessorWatch, free_port, run_to_end, running
 from bench.stream import exchange_alone, request_bytes
 from bench.table import aligned, raw_rows
-from lichen.devices.probe import probe
 from lichen.errors import LichenError
 
 LIMITS = (64, 256)
@@ -54,15 +54,8 @@ def prompts(count: int) -> list[tuple[str, int]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the table and one JSON line, write the result. 1 when anything failed."""
-    flags = argparse.ArgumentParser(
-        prog="python -m bench.raw_loop", description="lichen beside the bare library"
-    )
-    flags.add_argument("--model", default="smollm2-135m", help="a GGUF file, or a model of lichen's store")
-    flags.add_argument("--runs", type=int, default=5)
+    flags = server_flags("raw_loop", "lichen beside the bare library", runs=5, context=2048, slots=4)
     flags.add_argument("--prompts", type=int, default=3, help="of each length in a run")
-    flags.add_argument("--threads", type=int, default=probe().physical_cores)
-    flags.add_argument("--slots", type=int, default=4, help="of lichen; the raw loop has one sequence")
-    flags.add_argument("--context", type=int, default=2048)
     options = flags.parse_args(arguments)
     try:
         record = _measure(options)

@@ -26,6 +26,7 @@ from typing import Any
 from bench import peer as peers
 from bench.answer import Answer, AnswerError, read_answer
 from bench.certificate import certificate, close_certificate, model_file, save
+from bench.flags import server_flags
 from bench.numbers import median, paired_ratio, rounded
 from bench.peer import BenchError, Peer, Settings
 from bench.prompts import PromptBook, data_folder
@@ -33,7 +34,6 @@ from bench.scenarios import chat_request
 from bench.server import Server, free_port, run_to_end, running
 from bench.stream import exchange
 from bench.table import aligned, number
-from lichen.devices.probe import probe
 from lichen.errors import LichenError
 
 STREAM_QUESTION = "Write a long story about a lighthouse and its keeper."
@@ -45,14 +45,9 @@ PLACES = {"beside_disk": "the disk", "beside_slot": "a slot"}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the table and one JSON line, write the result. 1 when anything failed."""
-    flags = argparse.ArgumentParser(
-        prog="python -m bench.restart", description="first token of a long prompt after a restart"
+    flags = server_flags(
+        "restart", "first token of a long prompt after a restart", runs=3, context=4096, slots=4
     )
-    flags.add_argument("--model", default="smollm2-135m", help="a GGUF file, or a model of lichen's store")
-    flags.add_argument("--runs", type=int, default=3)
-    flags.add_argument("--threads", type=int, default=probe().physical_cores)
-    flags.add_argument("--slots", type=int, default=4)
-    flags.add_argument("--context", type=int, default=4096, help="tokens of one client")
     options = flags.parse_args(arguments)
     try:
         record = _measure(options)

@@ -16,6 +16,7 @@ from typing import Any
 
 from bench import peer as peers
 from bench.certificate import certificate, close_certificate, model_file, save
+from bench.flags import server_flags
 from bench.measure import measure, warm_up
 from bench.numbers import dig, median, paired_ratio, rounded
 from bench.peer import BenchError, Peer, Settings
@@ -24,7 +25,6 @@ from bench.report import publish
 from bench.scenarios import Prompts, Scenario, choose, write_prompts
 from bench.server import free_port, run_to_end, running
 from bench.table import aligned, serving_rows
-from lichen.devices.probe import probe
 from lichen.errors import LichenError
 
 METRICS: dict[str, tuple[str, ...]] = {
@@ -58,20 +58,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    flags = argparse.ArgumentParser(prog="python -m bench.serving", description="lichen beside its peers")
-    flags.add_argument("--model", default="smollm2-135m", help="a GGUF file, or a model of lichen's store")
+    flags = server_flags("serving", "lichen beside its peers", runs=3, context=2048, slots=16)
     flags.add_argument("--servers", default=",".join(peers.names()), help="which, separated by commas")
     flags.add_argument("--scenario", action="append", default=[], help="only those that begin so; may repeat")
     flags.add_argument("--quick", action="store_true", help="two scenarios, for development")
-    flags.add_argument("--runs", type=int, default=3)
     flags.add_argument(
         "--full", action="store_true", help="every scenario in every run, an hour on two cores"
     )
     flags.add_argument("--publish", action="store_true", help="also write the table and pictures of docs/")
     flags.add_argument("--budget", type=float, default=30, help="minutes; no run begins that would pass it")
-    flags.add_argument("--threads", type=int, default=probe().physical_cores)
-    flags.add_argument("--slots", type=int, default=16)
-    flags.add_argument("--context", type=int, default=2048, help="tokens of one client")
     flags.add_argument("--seed", type=int, default=1)
     options = flags.parse_args(arguments)
     try:

@@ -19,13 +19,13 @@ from typing import Any
 from bench import peer as peers
 from bench.answer import AnswerError, read_answer
 from bench.certificate import certificate, close_certificate, model_file, save
+from bench.flags import server_flags
 from bench.numbers import median, paired_ratio, rounded
 from bench.peer import BenchError, Peer, Settings
 from bench.scenarios import chat_request
 from bench.server import free_port, run_to_end, running
 from bench.stream import exchange
 from bench.table import aligned, startup_rows
-from lichen.devices.probe import probe
 from lichen.errors import LichenError
 
 PROBE_EVERY_S = 0.005
@@ -34,15 +34,8 @@ _IMPORT = re.compile(r"import time:\s*(\d+)\s*\|\s*(\d+)\s*\|\s*(\S+)")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the table and one JSON line, write the result. 1 when anything failed."""
-    flags = argparse.ArgumentParser(
-        prog="python -m bench.startup", description="time until servers are ready"
-    )
-    flags.add_argument("--model", default="smollm2-135m", help="a GGUF file, or a model of lichen's store")
+    flags = server_flags("startup", "time until servers are ready", runs=5, context=4096, slots=4)
     flags.add_argument("--servers", default=",".join(peers.names()), help="which, separated by commas")
-    flags.add_argument("--runs", type=int, default=5)
-    flags.add_argument("--threads", type=int, default=probe().physical_cores)
-    flags.add_argument("--slots", type=int, default=4)
-    flags.add_argument("--context", type=int, default=4096, help="tokens of one client")
     options = flags.parse_args(arguments)
     try:
         record = _measure(options)

@@ -19,6 +19,7 @@ import jsonschema
 
 from bench import peer as peers
 from bench.certificate import certificate, close_certificate, model_file, save
+from bench.flags import server_flags
 from bench.load import closed_loop
 from bench.numbers import paired_ratio, rounded
 from bench.peer import BenchError, Settings
@@ -26,7 +27,6 @@ from bench.schemas import SCHEMAS
 from bench.server import ProcessorWatch, Server, free_port, run_to_end, running
 from bench.stream import Exchange, StreamError, exchange, parse_response, request_bytes
 from bench.table import aligned, structured_rows
-from lichen.devices.probe import probe
 from lichen.errors import LichenError
 
 ROUTE = "/v1/chat/completions"
@@ -47,13 +47,9 @@ TOPICS = ("rivers", "bread", "winter", "machines", "friendship", "the sea", "gar
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the table and one JSON line, write the result. 1 when anything was invalid or failed."""
-    flags = argparse.ArgumentParser(prog="python -m bench.structured", description="answers under a schema")
-    flags.add_argument("--model", default="smollm2-135m", help="a GGUF file, or a model of lichen's store")
+    flags = server_flags("structured", "answers under a schema", runs=5, context=1024)
     flags.add_argument("--requests", type=int, default=200, help="answers that are validated")
-    flags.add_argument("--runs", type=int, default=5, help="of each side in the comparison of rates")
     flags.add_argument("--tokens", type=int, default=96, help="of each answer in that comparison")
-    flags.add_argument("--threads", type=int, default=probe().physical_cores)
-    flags.add_argument("--context", type=int, default=1024, help="tokens of one client")
     options = flags.parse_args(arguments)
     try:
         record = _measure(options)

@@ -85,7 +85,8 @@ class ChatStream:
                 reader = self._generation.reader
                 self._take(reader.feed(event.text) if reader else [Said(event.text)])
             elif isinstance(event, Finished):
-                self._take(self._generation.reader.flush() if self._generation.reader else [])
+                reader = self._generation.reader
+                self._take(reader.flush(cut=event.reason == "length") if reader else [])
                 self.completion = _completion(self._parts, event)
         if self._ready:
             return self._ready.popleft()

@@ -511,7 +511,7 @@ def _checked(setting: Setting, raw: object, place: str, *, folder: Path | None =
             value = raw.lower()
     try:
         checked = msgspec.convert(value, setting.type)
-    except (msgspec.ValidationError, OverflowError) as error:
+    except (msgspec.ValidationError, OverflowError, UnicodeError) as error:
         raise _bad(setting, raw, place) from error
     if isinstance(checked, float) and not math.isfinite(checked):
         raise _bad(setting, raw, place)

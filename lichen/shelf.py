@@ -11,9 +11,10 @@ from pathlib import Path
 
 from lichen.api import load_file, local_file, model_options
 from lichen.config import Config
-from lichen.errors import LichenError, NotFound
+from lichen.errors import LichenError, ModelFileError, NotFound
 from lichen.quant.gguf_check import GGUFSummary, check_gguf
 from lichen.runtime import memory
+from lichen.runtime.chat import capabilities
 from lichen.runtime.memory import Fitted
 from lichen.runtime.resident import Candidate
 from lichen.runtime.served_model import ServedModel
@@ -67,12 +68,7 @@ class StoreShelf:
 
     def fit(self, candidate: Candidate, free: int | None) -> Fitted:
         """How to load a model with so many bytes free. Raises OutOfMemory, ModelFileError."""
-        with self._lock:
-            summary = self._summaries.get(candidate.path)
-        if summary is None:
-            summary = check_gguf(candidate.path)
-            with self._lock:
-                self._summaries[candidate.path] = summary
+        summary = self._summary(candidate.path)
         if free is None:
             return Fitted(options=self._options, estimate=memory.estimate(summary, self._options))
         return memory.fitted(candidate.name, summary, self._options, free)
@@ -86,16 +82,40 @@ class StoreShelf:
     def _default(self) -> Candidate | None:
         path = local_file(self._config.model)
         if path is not None:
-            return Candidate(name=path.stem, path=path, size=path.stat().st_size)
+            return Candidate(
+                name=path.stem,
+                path=path,
+                size=path.stat().st_size,
+                capabilities=self._capabilities(path),
+            )
         manifest = self._store.resolve(self._config.model)
         return None if manifest is None else self._candidate(manifest)
 
     def _candidate(self, manifest: ModelManifest) -> Candidate:
+        path = self._store.blob_path(manifest)
         return Candidate(
             name=manifest.name,
-            path=self._store.blob_path(manifest),
+            path=path,
             sha256=manifest.sha256,
             size=manifest.size,
             architecture=manifest.architecture,
             context_train=manifest.context_train,
+            capabilities=self._capabilities(path),
         )
+
+    def _capabilities(self, path: Path) -> tuple[str, ...]:
+        try:
+            template = self._summary(path).metadata.get("tokenizer.chat_template")
+        except ModelFileError:
+            return ()
+        return capabilities(template if isinstance(template, str) else None)
+
+    def _summary(self, path: Path) -> GGUFSummary:
+        """A file's header, read once. Raises ModelFileError."""
+        with self._lock:
+            summary = self._summaries.get(path)
+        if summary is None:
+            summary = check_gguf(path)
+            with self._lock:
+                self._summaries[path] = summary
+        return summary

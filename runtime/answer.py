@@ -1,13 +1,15 @@
 """From an answer's text to its parts: what is said, what is thought, and which tools are called.
 
 Incremental: it holds back only what may still turn out to be a marker. The grammar (`grammar.py`) makes
-sure that a call is well formed; where there is none, text that only looks like a call stays text.
+sure that a call is well formed; where there is none, text that only looks like a call stays text. A call that
+the limit on tokens cuts before its name is complete is left out.
 """
 
 from __future__ import annotations
 
 import json
 import secrets
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -56,12 +58,22 @@ _State = Literal["before", "thinking", "gap", "text", "head", "arguments"]
 class AnswerReader:
     """Splits one answer's text.
 
-    tools: the format of calls, or None where the request has no tools. thinking: "open" if the prompt
-    already opened the thinking, "maybe" if the model may open it, None if it never does.
+    tools: the format of calls, or None where the request has no tools. names: of the tools that may be
+    called. only_calls: whether the grammar allows nothing but calls. thinking: "open" if the prompt already
+    opened the thinking, "maybe" if the model may open it, None if it never does.
     """
 
-    def __init__(self, *, tools: ToolFormat | None, thinking: Thinking) -> None:
+    def __init__(
+        self,
+        *,
+        tools: ToolFormat | None,
+        thinking: Thinking,
+        names: Collection[str] = (),
+        only_calls: bool = False,
+    ) -> None:
         self._tools = tools
+        self._names = names
+        self._only_calls = only_calls
         self._state: _State = "thinking" if thinking == "open" else "before" if thinking else "text"
         self._held = ""
         self._calls = 0
@@ -80,14 +92,28 @@ class AnswerReader:
             pass
         return parts
 
-    def flush(self) -> list[Part]:
-        """What was held back, once no more text comes."""
+    def flush(self, *, cut: bool) -> list[Part]:
+        """What was held back, once no more text comes. cut: the limit on tokens ended the answer.
+
+        A call that was cut before its name was complete is dropped: it is neither text nor a call.
+        """
         held, self._held = self._held, ""
+        if self._state in ("arguments", "gap") or self._is_cut_call(held, cut=cut):
+            return []
         if self._state == "head" and self._tools is not None:
             held = self._tools.marker + held  # a call that never was one
-        if not held or self._state in ("arguments", "gap"):
+        if not held:
             return []
         return [Thought(held) if self._state == "thinking" else Said(held)]
+
+    def _is_cut_call(self, held: str, *, cut: bool) -> bool:
+        """Whether what was held back is the beginning of a call, and no text that only looks like one."""
+        if self._tools is None or self._state == "thinking":
+            return False
+        if self._only_calls:
+            return True
+        heads = (self._tools.head(name) for name in self._names)
+        return cut and self._state == "head" and any(head.startswith(held) for head in heads)
 
     def _step(self, parts: list[Part]) -> bool:
         """One transition; False when more text is needed."""

@@ -35,6 +35,11 @@ class AnswerForm(msgspec.Struct, frozen=True, kw_only=True):
         return () if self.tool_choice == "none" else self.tools
 
     @property
+    def only_calls(self) -> bool:
+        """Whether the answer must call a tool, and may say nothing else."""
+        return bool(self.offered) and (self.named or self.tool_choice == "required")
+
+    @property
     def param(self) -> str:
         """The request's field that the grammar comes from."""
         return "tools" if self.offered else "response_format"
@@ -42,11 +47,10 @@ class AnswerForm(msgspec.Struct, frozen=True, kw_only=True):
     def grammar(self, form: ToolFormat, thinking: Thinking, *, marks: Set[str]) -> str | None:
         """The whole grammar, or None where anything may be said. marks: markers that are one token."""
         if self.offered:
-            required = self.named or self.tool_choice == "required"
             answer = tool_grammar(
                 self.offered,
                 form,
-                required=required,
+                required=self.only_calls,
                 parallel=self.parallel and not self.named,
                 marker_is_token=form.marker in marks,
                 otherwise=self.schema,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import functools
 import json
 import logging
 import threading
@@ -34,6 +35,7 @@ MAX_CHARACTERS = 16 << 20
 MAX_OPERAND = 1 << 20  # items that `*` may build, and digits' worth that `**` may reach
 
 Message = Mapping[str, Any]
+ALWAYS = ("completion", "chat", "embedding", "json_schema")  # what any model here can do
 
 
 class _Overrun(BaseException):
@@ -117,6 +119,23 @@ class ChatTemplate:
             },
         )
         return job.result(MAX_SECONDS)
+
+
+@functools.lru_cache(maxsize=256)
+def capabilities(source: str | None) -> tuple[str, ...]:
+    """What a model can do, as lists of models name it: what all can, and what its chat template was made for.
+
+    source: as for `ChatTemplate`. "tools": the template takes tools (lichen teaches them to other models in a
+    system message, with less success). "thinking": it knows where reasoning ends.
+    """
+    if source is None:
+        return ALWAYS
+    try:
+        template = ChatTemplate(source)
+    except TemplateError:  # such a model cannot be loaded; its list is not the place to say so
+        return ALWAYS
+    found = {"tools": template.takes_tools, "thinking": template.thinks}
+    return (*ALWAYS, *(name for name, there in found.items() if there))
 
 
 class _Rendering:

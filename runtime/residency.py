@@ -239,7 +239,12 @@ def _close(model: ServedModel) -> None:
 def candidate_of(model: ServedModel) -> Candidate:
     info = model.info
     return Candidate(
-        name=info.name, path=Path(), sha256=info.sha256, size=info.size, architecture=info.architecture
+        name=info.name,
+        path=Path(),
+        sha256=info.sha256,
+        size=info.size,
+        architecture=info.architecture,
+        capabilities=info.capabilities,
     )
 
 

@@ -18,7 +18,10 @@ State = Literal["loading", "ready", "unloading"]
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
-    """A model that could be loaded. size in bytes; sha256 empty for a file outside the store."""
+    """A model that could be loaded. size in bytes; sha256 empty for a file outside the store.
+
+    capabilities: as `runtime.chat.capabilities` names them; none of a file that cannot be read.
+    """
 
     name: str
     path: Path
@@ -26,6 +29,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     size: int = 0
     architecture: str = ""
     context_train: int = 0
+    capabilities: tuple[str, ...] = ()
 
 
 class Shelf(Protocol):
@@ -113,6 +117,7 @@ class Resident:
             sha256=candidate.sha256,
             size=candidate.size,
             architecture=candidate.architecture,
+            capabilities=candidate.capabilities,
             state=self.state,
             progress=1.0 if self.state != "loading" else round(self.progress.done, 3),
             pinned=self.pinned,
@@ -157,6 +162,7 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     note: str
     idle_s: float | None
     expires_in_s: float | None
+    capabilities: tuple[str, ...] = ()
     engine: str = ""
     context: int = 0
     slots: dict[str, int] = {}

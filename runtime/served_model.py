@@ -19,7 +19,7 @@ import msgspec
 from lichen.errors import RequestError, UnsupportedField
 from lichen.runtime.answer import THINK_BEGIN, THINK_END, AnswerReader, Thinking
 from lichen.runtime.answer_form import AnswerForm, Schema
-from lichen.runtime.chat import ChatTemplate, Message
+from lichen.runtime.chat import ChatTemplate, Message, capabilities
 from lichen.runtime.constraint import Constraint, Grammars
 from lichen.runtime.conversation import native_messages, textual_messages
 from lichen.runtime.embedding import Embedder
@@ -65,9 +65,6 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
         return self.slots + self.speculation.extra_outputs
 
 
-CAPABILITIES = ("completion", "chat", "embedding", "tools", "json_schema")  # of every model here
-
-
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What a client may know of a served model."""
 
@@ -77,6 +74,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     architecture: str
     context: int
     slots: int
+    capabilities: tuple[str, ...] = ()
 
 
 class ServedModel:
@@ -98,6 +96,7 @@ class ServedModel:
             architecture=model.metadata("general.architecture") or "unknown",
             context=engine.context.context,
             slots=options.slots,
+            capabilities=capabilities(model.chat_template()),
         )
         self.names = frozenset({name, "default"})
         self._bos_text = model.special_text(model.bos)
@@ -255,8 +254,14 @@ class ServedModel:
             None if grammar is None else self._grammars.constraint(grammar, param=form.param)
             for _ in range(count)
         ]
-        tools = self._tools if form.offered else None
-        return self._encoded(text), constraints, lambda: AnswerReader(tools=tools, thinking=thinking)
+        reader = functools.partial(
+            AnswerReader,
+            tools=self._tools if form.offered else None,
+            thinking=thinking,
+            names=tuple(tool.name for tool in form.offered),
+            only_calls=form.only_calls,
+        )
+        return self._encoded(text), constraints, reader
 
     def close(self) -> None:
         """End what runs and give all memory back. Blocks; idempotent."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from hypothesis import given
@@ -115,5 +115,13 @@ def test_paths_may_be_relative_to_the_file_and_name_a_home(file: Path) -> None:
 
 @given(st.text(st.characters(exclude_characters="\0"), min_size=1), st.sampled_from(sorted(SETTINGS)))
 def test_any_text_in_a_variable_is_a_value_or_a_config_error(text: str, name: str) -> None:
-    with suppress(ConfigError):
-        load(None, {f"LICHEN_{name.upper()}": text})
+    variable = f"LICHEN_{name.upper()}"
+    try:
+        effective = load(None, {variable: text})
+    except ConfigError as error:
+        assert variable in str(error)
+        return
+    kind = SETTINGS[name].base
+    value = getattr(effective.config, name)
+    assert isinstance(value, str if kind is Literal else kind) or (value is None and SETTINGS[name].optional)
+    assert str(effective.origin[name]) == (f"environment {variable}" if text.strip() else "default")

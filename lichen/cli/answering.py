@@ -32,10 +32,11 @@ class Answering(Protocol):
 
 
 class DaemonAnswering:
-    """A daemon over HTTP or its Unix socket."""
+    """A daemon over HTTP or its Unix socket. model: which of its models; None for its default one."""
 
-    def __init__(self, client: httpx.AsyncClient, label: str) -> None:
+    def __init__(self, client: httpx.AsyncClient, label: str, model: str | None) -> None:
         self._client = client
+        self._model = model
         self.label = label
         self.result: dict[str, Any] = {}
 
@@ -44,6 +45,8 @@ class DaemonAnswering:
         import httpx
 
         body = {"messages": messages, "stream": True, "stream_options": {"include_usage": True}, **options}
+        if self._model is not None:
+            body["model"] = self._model
         self.result = {}
         try:
             async with self._client.stream("POST", "/v1/chat/completions", json=body) as answer:
@@ -111,12 +114,14 @@ class EmbeddedAnswering:
 
 @asynccontextmanager
 async def answering(config: Config, *, model_given: bool, use_daemon: bool) -> AsyncIterator[Answering]:
-    """The daemon if one runs (and serves the wanted model), else the engine in this process."""
+    """The daemon if one runs and has the wanted model, loaded or not; else the engine in this process."""
     if use_daemon:
         async with daemon_client(config) as client:
-            name = await _served_name(client)
-            if name is not None and (not model_given or config.model == name):
-                yield DaemonAnswering(client, f"{name} from the daemon at {_address(config)}")
+            names = await _served_names(client)
+            wanted = config.model if model_given else None
+            if names and (wanted is None or wanted in names):
+                label = f"{wanted or names[0]} from the daemon at {_address(config)}"
+                yield DaemonAnswering(client, label, wanted)
                 return
     import sys
 
@@ -179,19 +184,19 @@ def _address(config: Config) -> str:
     return f"{host}:{config.port}"
 
 
-async def _served_name(client: httpx.AsyncClient) -> str | None:
-    """The model of a daemon that answers now, or None."""
+async def _served_names(client: httpx.AsyncClient) -> list[str]:
+    """The models of a daemon that answers now, its default one first; none where there is no daemon."""
     import httpx
 
     try:
         if (await client.get("/health", timeout=1)).status_code != 200:
-            return None
+            return []
         answer = await client.get("/v1/models", timeout=2)
         if answer.status_code == 401:
             raise refusal(answer.status_code, answer.content)
-        return str(answer.json()["data"][0]["id"])
-    except (httpx.HTTPError, ValueError, LookupError):
-        return None
+        return [str(card["id"]) for card in answer.json()["data"]]
+    except (httpx.HTTPError, ValueError, LookupError, TypeError):
+        return []
 
 
 def refusal(status: int, body: bytes) -> LichenError:

@@ -46,8 +46,8 @@ class ChatChoice:
         self._pending += piece.tokens
         return self._shown(self._reader.feed(piece.text))
 
-    def flush(self) -> list[dict[str, Any]]:
-        shown = self._shown(self._reader.flush())
+    def flush(self, finished: Finished) -> list[dict[str, Any]]:
+        shown = self._shown(self._reader.flush(cut=finished.reason == "length"))
         if self._pending:
             shown.append({"delta": {}, "logprobs": self._taken()})
         return shown
@@ -93,7 +93,7 @@ class TextChoice:
         self._parts.append(piece.text)
         return [shown]
 
-    def flush(self) -> list[dict[str, Any]]:
+    def flush(self, finished: Finished) -> list[dict[str, Any]]:
         return []
 
     def whole(self) -> dict[str, Any]:
@@ -153,8 +153,8 @@ class Answer:
             async for event in generation:
                 if isinstance(event, Piece):
                     choice.feed(event)
-            choice.flush()
             finished = _finished(generation)
+            choice.flush(finished)
             ends.append(finished)
             choices.append({"index": index, **choice.whole(), "finish_reason": choice.reason(finished)})
         usage = wording.usage_json(wording.usage_of(ends, prompts=self.prompts))
@@ -234,9 +234,9 @@ class _Stream:
                     await write(b": prefill %d/%d\n\n" % (event.done, event.total))
             elif event is None:
                 await write(b": waiting\n\n")
-        for shown in choice.flush():
-            await write(self._chunk(index, shown))
         finished = _finished(generation)
+        for shown in choice.flush(finished):
+            await write(self._chunk(index, shown))
         timings = wording.timings_json(finished)
         await write(self._chunk(index, choice.closing, reason=choice.reason(finished), timings=timings))
 

@@ -32,7 +32,8 @@ from lichen.runtime.http.metrics_route import MetricsRoute
 from lichen.runtime.http.models import ModelRoutes
 from lichen.runtime.http.ollama import OllamaRoutes
 from lichen.runtime.http.ollama_models import OllamaModels
-from lichen.runtime.http.openai import OpenAIRoutes
+from lichen.runtime.http.open_files import raise_limit
+from lichen.runtime.http.openai import OpenAIRoutes, json_response
 from lichen.runtime.http.tls import server_context
 from lichen.runtime.http.tokens import TokenRoutes
 from lichen.runtime.metrics import ProcessMetrics
@@ -159,11 +160,11 @@ class Daemon:
         default = self.pool.served()
         if default is not None and default.engine.state == "failed":
             state = "failed"
-        return _json({"status": state}, status=200 if state == "ok" else 503)
+        return json_response({"status": state}, status=200 if state == "ok" else 503)
 
     async def version(self, request: web.Request) -> web.Response:
         """Versions of lichen and of the llama.cpp bindings."""
-        return _json({"version": lichen.__version__, "llama_cpp": native.version()})
+        return json_response({"version": lichen.__version__, "llama_cpp": native.version()})
 
     async def status(self, request: web.Request) -> web.Response:
         """What runs now: memory (bytes), and for each model its state, slots, queue and counters.
@@ -187,7 +188,7 @@ class Daemon:
                 for name, number in numbers.items():
                     sums[name] = sums.get(name, 0) + number
             body[part] = sums
-        return _json(body)
+        return json_response(body)
 
     async def openapi(self, request: web.Request) -> web.Response:
         """The OpenAPI document of these routes."""
@@ -255,6 +256,7 @@ async def serve(
     first: done when the default model is ready (`ModelPool.start`). store: where clients may pull models to.
     Raises ConfigError when it cannot listen, and what loading raised.
     """
+    raise_limit()
     try:
         daemon = Daemon(options, pool, store)
         async with daemon.listening():
@@ -343,7 +345,3 @@ def _openapi_bytes() -> bytes:
     from lichen.runtime.http.openapi import document_bytes
 
     return document_bytes()
-
-
-def _json(body: dict[str, Any], *, status: int = 200) -> web.Response:
-    return web.Response(body=msgspec.json.encode(body), content_type="application/json", status=status)

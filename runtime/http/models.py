@@ -11,6 +11,7 @@ from aiohttp import web
 
 from lichen.errors import LichenError
 from lichen.runtime.http.guard import error_body
+from lichen.runtime.http.openai import json_response
 from lichen.runtime.http.schema import KeepAlive, parse
 from lichen.runtime.pool import ModelPool
 from lichen.runtime.resident import ModelStatus
@@ -50,7 +51,7 @@ class ModelRoutes:
         self._check()
         if not body.stream:
             status = await self._pool.load(body.model, pin=body.pin, keep_alive=body.keep_alive)
-            return _json(_ready(status))
+            return json_response(_ready(status))
         response = web.StreamResponse(
             headers={"Content-Type": "application/x-ndjson", "Cache-Control": "no-cache"}
         )
@@ -67,7 +68,7 @@ class ModelRoutes:
         """Unload a model once it is idle."""
         body = parse(await request.read(), UnloadBody)
         freed = await self._pool.unload(body.model)
-        return _json({"status": "unloaded", "model": body.model, "freed_bytes": freed})
+        return json_response({"status": "unloaded", "model": body.model, "freed_bytes": freed})
 
     async def _steps(self, body: LoadBody) -> AsyncIterator[dict[str, Any]]:
         steps: asyncio.Queue[float | None] = asyncio.Queue()
@@ -90,7 +91,3 @@ class ModelRoutes:
 
 def _ready(status: ModelStatus) -> dict[str, Any]:
     return {"status": status.state, "model": msgspec.to_builtins(status)}
-
-
-def _json(body: dict[str, Any]) -> web.Response:
-    return web.Response(body=encode(body), content_type="application/json")

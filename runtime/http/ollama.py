@@ -227,8 +227,8 @@ async def _parts(generation: Generation) -> AsyncIterator[list[Part]]:
     async for event in generation:
         if isinstance(event, Piece):
             yield reader.feed(event.text) if reader is not None else [Said(event.text)]
-    if reader is not None:
-        yield reader.flush()
+    if reader is not None and generation.finished is not None:
+        yield reader.flush(cut=generation.finished.reason == "length")
 
 
 def _line(value: dict[str, Any]) -> bytes:

@@ -19,7 +19,7 @@ from lichen.runtime.resident import Candidate
 from lichen.sync.catalog import CATALOG
 from lichen.sync.store import PullProgress, Store
 
-CAPABILITIES = ("completion", "tools", "embedding")
+CAPABILITIES = frozenset({"completion", "tools", "thinking", "embedding"})  # that this API has a name for
 FOREVER = datetime.timedelta(days=36500)
 
 
@@ -76,7 +76,7 @@ class OllamaModels:
                 "template": template,
                 "details": _details(candidate, summary),
                 "model_info": metadata,
-                "capabilities": list(CAPABILITIES),
+                "capabilities": _capabilities(candidate),
                 "modified_at": _modified(candidate),
             }
         )
@@ -131,7 +131,12 @@ def _card(candidate: Candidate) -> dict[str, Any]:
         "size": candidate.size,
         "digest": candidate.sha256,
         "details": _details(candidate, None),
+        "capabilities": _capabilities(candidate),
     }
+
+
+def _capabilities(candidate: Candidate) -> list[str]:
+    return [name for name in candidate.capabilities if name in CAPABILITIES]
 
 
 def _modified(candidate: Candidate) -> str:

@@ -85,6 +85,7 @@ class OllamaModel(Struct, kw_only=True):
     expires_at: str | UnsetType = UNSET
     size_vram: int | UnsetType = UNSET
     context_length: int | UnsetType = UNSET
+    capabilities: list[str] | UnsetType = UNSET
 
 
 class OllamaModelList(Struct):

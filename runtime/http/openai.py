@@ -22,7 +22,7 @@ from lichen.runtime.http.answers import CHAT, TEXT, Answer, Wording
 from lichen.runtime.http.guard import owner
 from lichen.runtime.http.schema import Body, ChatBody, CompletionBody, EmbeddingsBody, parse
 from lichen.runtime.resident import Candidate, ModelStatus
-from lichen.runtime.served_model import CAPABILITIES, ServedModel
+from lichen.runtime.served_model import ServedModel
 
 LARGE_BODY = 1 << 18  # bytes; parsed off the event loop
 
@@ -126,7 +126,7 @@ class OpenAIRoutes:
             "sha256": there.sha256,
             "size": there.size,
             "loaded": loaded is not None,
-            "capabilities": list(CAPABILITIES),
+            "capabilities": list(there.capabilities),
         }
         return {**card, "context_length": loaded.context} if loaded else card
 
@@ -167,6 +167,6 @@ async def read(request: web.Request, kind: type[msgspec.Struct]) -> Any:
     return parse(data, kind)
 
 
-def json_response(body: dict[str, Any]) -> web.Response:
-    """A 200 with a JSON body."""
-    return web.Response(body=encode(body), content_type="application/json")
+def json_response(body: dict[str, Any], *, status: int = 200) -> web.Response:
+    """An answer with a JSON body."""
+    return web.Response(body=encode(body), content_type="application/json", status=status)

@@ -20,6 +20,7 @@ import msgspec
 import lichen
 from lichen import errors
 from lichen.runtime.http import ollama_responses, responses, schema
+from lichen.runtime.http.ignored import CALL, MESSAGE, Fields
 from lichen.runtime.http.route_table import BODY, EVERY, ROUTES, Route
 
 Schema = dict[str, Any]
@@ -36,6 +37,9 @@ LIMITS: dict[str, tuple[float, float]] = {
     "max_tokens": (1, 1 << 31),
     "seed": (-(1 << 63), (1 << 64) - 1),
 }
+
+# What is inside a body and comes back from an answer -> its fields that are accepted without effect.
+SENT_BACK = {"ChatMessage": MESSAGE, "ToolCall": CALL, "FunctionCall": CALL}
 
 
 @functools.cache
@@ -192,20 +196,21 @@ def _components() -> Schema:
     answers = [kind for route in ROUTES for kind in (route.answer, route.event) if isinstance(kind, type)]
     kinds = dict.fromkeys([*bodies, *answers, responses.Error, ollama_responses.ErrorText])
     _, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
-    for name in {kind.__name__ for kind in bodies}:
-        _as_accepted(components[name])
+    ignored = {kind.__name__: schema.without_effect(kind) for kind in bodies} | SENT_BACK
+    for name, fields in ignored.items():
+        _as_accepted(components[name], fields)
     return dict(sorted(components.items()))
 
 
-def _as_accepted(body: Schema) -> None:
-    """Make a request body's schema say all that `schema.parse` and the engine accept, and no more."""
+def _as_accepted(body: Schema, ignored: Fields) -> None:
+    """Make a schema of requests say all that `schema.parse` and the engine accept, and no more."""
     properties: dict[str, Schema] = body["properties"]
     for name, limits in LIMITS.items():
         if name in properties:
             _limit(properties[name], *limits)
     for name in properties.keys() - set(body["required"]):
         properties[name] = _or_null(properties[name])
-    for name, values in schema.without_effect().items():
+    for name, values in ignored.items():
         properties[name] = _without_effect(values)
     body["additionalProperties"] = {"type": "null"}  # "not given", whatever the name
 
@@ -229,6 +234,8 @@ def _or_null(field: Schema) -> Schema:
 def _without_effect(values: tuple[Any, ...]) -> Schema:
     if ... in values:
         return {"description": "Accepted, and changes nothing."}
+    if dict in values:
+        return {"type": ["object", "null"], "description": "Accepted, and changes nothing."}
     return {"enum": [*values, None], "description": "Accepted only with a value that changes nothing."}
 
 

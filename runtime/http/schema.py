@@ -1,7 +1,7 @@
 """Request bodies of the OpenAI API: strict structs, and a clear 400 for everything else.
 
-A field is honoured, or named in an error; none is dropped in silence. `null` means "not given", as in
-OpenAI's API. Fields that lichen does not honour are accepted only with the value that changes nothing.
+A field is honoured, or named in an error; none is dropped in silence. `ignored.py` has the fields that are
+accepted only with a value that changes nothing.
 """
 
 from __future__ import annotations
@@ -15,33 +15,11 @@ from msgspec import Meta
 from lichen.errors import RequestError, UnsupportedField
 from lichen.runtime.answer_form import AnswerForm
 from lichen.runtime.grammar import JSON_OBJECT
+from lichen.runtime.http.ignored import REQUEST, Fields, message_removed, removed
 from lichen.runtime.sequence import MAX_TOP_LOGPROBS, SamplingOptions
 from lichen.runtime.tools import Tool
 
 COMPLETION_TOKENS = 16  # OpenAI's default length for /v1/completions
-
-# field -> values that change nothing (besides null); `...` means any value
-_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
-    "best_of": (1,),
-    "echo": (False,),
-    "suffix": ("",),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "reasoning_effort": ("none",),
-    "verbosity": (),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
-    "web_search_options": (),
-    # Labels for the provider's own bookkeeping; they never change an answer.
-    "user": (...,),
-    "metadata": (...,),
-    "safety_identifier": (...,),
-    "prompt_cache_key": (...,),
-    "prompt_cache_retention": (...,),
-}
 
 MAX_CHOICES = 64
 MAX_TOOLS = 128
@@ -349,31 +327,21 @@ def parse(body: bytes, kind: type[T]) -> T:
     if not isinstance(raw, dict):
         raise RequestError("The body must be a JSON object.")
     try:
-        return msgspec.convert(_without_effect_removed(raw), kind)
+        return msgspec.convert(_without_effect_removed(raw, kind), kind)
     except msgspec.ValidationError as error:
         raise _explained(str(error)) from error
 
 
-def without_effect() -> dict[str, tuple[Any, ...]]:
-    """Fields that are accepted only with a value that changes nothing -> those values; `...` means any."""
-    return _WITHOUT_EFFECT
+def without_effect(kind: type) -> Fields:
+    """Fields that a kind of body may carry with a value that changes nothing: OpenAI's, in its own bodies."""
+    return REQUEST if issubclass(kind, Body | EmbeddingsBody) else {}
 
 
-def _without_effect_removed(raw: dict[str, Any]) -> dict[str, Any]:
-    kept = {}
-    for name, value in raw.items():
-        if value is None:
-            continue
-        allowed = _WITHOUT_EFFECT.get(name)
-        if allowed is None:
-            kept[name] = value
-        elif ... not in allowed and not any(type(value) is type(a) and value == a for a in allowed):
-            raise UnsupportedField(f"lichen does not support {name} with this value.", param=name)
-    messages = kept.get("messages")
-    if isinstance(messages, list):  # clients send back our own messages, with their null fields
-        kept["messages"] = [
-            {k: v for k, v in m.items() if v is not None} if isinstance(m, dict) else m for m in messages
-        ]
+def _without_effect_removed(raw: dict[str, Any], kind: type) -> dict[str, Any]:
+    kept = removed(raw, without_effect(kind))
+    if isinstance(messages := kept.get("messages"), list):
+        answered = issubclass(kind, ChatBody | TemplateBody)
+        kept["messages"] = [message_removed(message, answered=answered) for message in messages]
     return kept
 
 

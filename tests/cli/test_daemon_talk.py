@@ -57,6 +57,21 @@ def test_a_whole_answer_and_the_conversation_behind_it(tmp_path: Path, stand_in:
     ]
 
 
+def test_run_asks_the_daemon_for_any_model_that_it_has(tmp_path: Path, stand_in: StandIn) -> None:
+    for name in ("m", "other"):
+        done = talk(stand_in, tmp_path, "run", name, "hello")
+        assert (done.returncode, done.stdout) == (0, "one two\n"), done.stderr
+        assert stand_in.bodies[-1]["model"] == name
+    done = talk(stand_in, tmp_path, "run", "missing", "hello")
+    assert done.returncode == 1, "the engine in this process has it neither"
+    assert len(stand_in.bodies) == 2
+
+
+def test_chat_without_a_model_takes_the_default_one(tmp_path: Path, stand_in: StandIn) -> None:
+    assert talk(stand_in, tmp_path, "chat", stdin="hello\n").returncode == 0
+    assert "model" not in stand_in.bodies[0]
+
+
 @pytest.mark.parametrize(
     ("answer", "sentence"),
     [

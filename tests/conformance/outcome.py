@@ -32,8 +32,6 @@ class Outcome:
         calls = [f"{FORMAT.marker}{FORMAT.head(name)}{arguments}" for name, arguments in self.calls]
         if not calls:
             return self.content
-        if self.content.startswith(FORMAT.marker):  # the beginning of one more call
-            return f"{FORMAT.tail}\n".join([*calls, self.content.removeprefix(FORMAT.marker)])
         tail = "" if self.finish in (None, "length") else FORMAT.tail  # the last call may be cut anywhere
         return self.content + f"{FORMAT.tail}\n".join(calls) + tail
 

@@ -118,7 +118,6 @@ def test_a_tool_is_called_and_its_result_goes_back(ask: Any) -> None:
     assert not after.choices[0].message.tool_calls
 
 
-@pytest.mark.xfail(reason="litellm adds provider_specific_fields to messages, which is refused", strict=True)
 def test_a_message_goes_back_as_litellm_made_it(ask: Any) -> None:
     message, result = called(ask)
     assert ask(messages=[*MESSAGES, message, result], tools=[WEATHER], tool_choice="none").choices

@@ -90,7 +90,11 @@ def test_tags_ps_show_and_version(client: ollama.Client, daemon: RunningDaemon) 
     assert daemon.model in {model.model for model in client.list().models}
     assert [model.model for model in client.ps().models] == [daemon.model]
     shown = client.show(daemon.model)
-    assert "completion" in (shown.capabilities or [])
+    assert shown.capabilities == ["completion", "embedding"], "its template knows no tools and no reasoning"
+    (card,) = httpx.get(f"{daemon.url}/v1/models").json()["data"][:1]
+    assert card["capabilities"] == ["completion", "chat", "embedding", "json_schema"]
+    tagged = httpx.get(f"{daemon.url}/api/tags").json()["models"][0]
+    assert tagged["capabilities"] == shown.capabilities
     assert shown.template and "<|im_start|>" in shown.template
     assert httpx.get(f"{daemon.url}/api/version").json()["version"]
 

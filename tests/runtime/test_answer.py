@@ -15,16 +15,23 @@ HERMES, LLAMA = formats()["hermes"], formats()["llama3"]
 
 
 def read(
-    text: str, cuts: list[int], tools: ToolFormat | None, thinking: Thinking
+    text: str,
+    cuts: list[int],
+    tools: ToolFormat | None,
+    thinking: Thinking,
+    *,
+    cut: bool = False,
+    names: tuple[str, ...] = (),
+    only_calls: bool = False,
 ) -> tuple[str, str, list[tuple[str, str]]]:
     """What is said, thought and called, when the text comes in pieces."""
-    reader = AnswerReader(tools=tools, thinking=thinking)
+    reader = AnswerReader(tools=tools, thinking=thinking, names=names, only_calls=only_calls)
     parts: list[Part] = []
     start = 0
-    for cut in [*sorted(cut % (len(text) + 1) for cut in cuts), len(text)]:
-        parts += reader.feed(text[start:cut])
-        start = cut
-    parts += reader.flush()
+    for end in [*sorted(at % (len(text) + 1) for at in cuts), len(text)]:
+        parts += reader.feed(text[start:end])
+        start = end
+    parts += reader.flush(cut=cut)
     calls: list[tuple[str, str]] = []
     for part in parts:
         if isinstance(part, CallBegins):
@@ -73,8 +80,45 @@ def test_a_call_after_thinking(cuts: list[int]) -> None:
     "text", ["<tool_call>", "<tool_call>never", '<tool_call>\n{"nam', "<tool_", "< tool_call>"]
 )
 def test_what_only_looks_like_a_call_stays_text(text: str) -> None:
-    said, _, calls = read(text, [3, 9], HERMES, None)
+    said, _, calls = read(text, [3, 9], HERMES, None, names=("get",))
     assert (said, calls) == (text, [])
+
+
+@given(st.data(), st.sampled_from([HERMES, LLAMA]), st.lists(st.integers(0, 60), max_size=4))
+def test_a_call_cut_before_its_name_is_complete_is_dropped(
+    data: st.DataObject, form: ToolFormat, cuts: list[int]
+) -> None:
+    head = form.marker + form.head("weather")
+    begun = head[: data.draw(st.integers(len(form.marker), len(head) - 1))]
+    before = "Let me see."
+    assert read(before + begun, cuts, form, None, cut=True, names=("now", "weather"))[::2] == (before, [])
+    first = form.written("now", "{}")
+    assert read(first + begun, cuts, form, None, cut=True, names=("now", "weather"))[::2] == (
+        "",
+        [("now", "{}")],
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "form"),
+    [
+        ("a <", HERMES),  # a comparison, for all one knows
+        ("<tool_", HERMES),
+        ('<tool_call>\n{"name": "x', HERMES),  # no tool is called so
+        ("<tool_call> is a tag", HERMES),
+        ('{"name": "Ada Lovelace", "born', LLAMA),  # an answer in JSON
+    ],
+)
+def test_what_only_looks_like_a_call_stays_text_when_the_answer_is_cut(text: str, form: ToolFormat) -> None:
+    assert read(text, [3, 9], form, None, cut=True, names=("get", "now"))[::2] == (text, [])
+
+
+@pytest.mark.parametrize("cut", [True, False], ids=["limit", "stop string"])
+@pytest.mark.parametrize("length", range(1, len(HERMES.marker + HERMES.head("get"))))
+def test_nothing_of_a_cut_call_is_said_where_only_calls_are_allowed(length: int, cut: bool) -> None:
+    text = (HERMES.marker + HERMES.head("get"))[:length]
+    assert read(text, [3], HERMES, None, cut=cut, names=("get",), only_calls=True) == ("", "", [])
+    assert read(text, [3], HERMES, "maybe", cut=cut, names=("get",), only_calls=True) == ("", "", [])
 
 
 @given(st.text(max_size=80), st.lists(st.integers(0, 80), max_size=8), st.sampled_from([HERMES, None]))

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from lichen.errors import TemplateError
-from lichen.runtime.chat import ChatTemplate
+from lichen.runtime.chat import ALWAYS, ChatTemplate, capabilities
 
 HELLO = [{"role": "user", "content": "Hello <b>&</b>"}]
 
@@ -73,3 +73,20 @@ def test_a_template_that_never_ends_is_interrupted(monkeypatch: pytest.MonkeyPat
     source = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(TemplateError, match=r"ran for more than 0\.2 s"):
         ChatTemplate(source).render(HELLO)
+
+
+@pytest.mark.parametrize(
+    ("source", "more"),
+    [
+        (None, ()),
+        ("{{ messages[0].content }}", ()),
+        ("{% if tools %}{{ tools | tojson }}{% endif %}{{ messages[0].content }}", ("tools",)),
+        ("{# tools #}{{ messages[0].tools }}", ()),
+        ("{{ messages[-1].content.split('</think>')[-1] }}", ("thinking",)),
+        ("{{ tools }}</think>", ("tools", "thinking")),
+        ("{% for %}", ()),
+        ("{{" * 2000, ()),
+    ],
+)
+def test_capabilities_are_what_the_template_was_made_for(source: str | None, more: tuple[str, ...]) -> None:
+    assert capabilities(source) == (*ALWAYS, *more)

@@ -146,8 +146,13 @@ async def test_a_load_cancelled_before_its_first_step_strands_nobody() -> None:
             await asyncio.sleep(0)
         user.cancel()
         await asyncio.wait({user})
+        loads = len(shelf.loads)
         await asyncio.wait_for(touch(pool, "a"), 2)
-        await pool.unload("a")
+        assert len(shelf.loads) - loads <= 1, "at most one load more for who comes next"
+        assert names(pool) == {"a"}
+        assert shelf.used == 40
+        assert await pool.unload("a") == 40
+        assert (names(pool), shelf.used) == (set(), 0)
     await pool.close()
 
 

@@ -69,19 +69,25 @@ async def alternate(shelf: StoreShelf, requests: int) -> dict[str, float]:
                 assert await (await model.complete(PROMPT, TWO_TOKENS))[0].text() == " 5"
             assert len(pool.loaded()) == 1
     await pool.close()
-    figures = {"cap": cap / 1e6, "highest": highest[0] / 1e6, "seconds": time.perf_counter() - started}
-    assert highest[0] <= cap, figures
-    return figures
+    return {
+        "needed": needed / 1e6,
+        "cap": cap / 1e6,
+        "highest": highest[0] / 1e6,
+        "seconds": time.perf_counter() - started,
+    }
 
 
 async def test_twenty_alternating_requests_in_the_room_of_one_model(shelf: StoreShelf) -> None:
-    await alternate(shelf, 20)
+    figures = await alternate(shelf, 20)
+    assert figures["cap"] - figures["needed"] < figures["highest"] <= figures["cap"], figures
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 async def test_two_hundred_alternating_requests_in_the_room_of_one_model(shelf: StoreShelf) -> None:
-    print(await alternate(shelf, 200))
+    figures = await alternate(shelf, 200)
+    print(figures)
+    assert figures["cap"] - figures["needed"] < figures["highest"] <= figures["cap"], figures
 
 
 async def test_an_idle_model_gives_its_memory_back(shelf: StoreShelf) -> None:

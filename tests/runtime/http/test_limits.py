@@ -36,10 +36,15 @@ def test_a_client_gets_its_rate_and_no_more() -> None:
     assert len(rate._buckets) == MAX_BUCKETS, "many addresses do not fill the memory"
 
 
-def test_no_rate_is_no_limit() -> None:
-    rate = RateLimiter(0)
-    for _ in range(1000):
+def test_no_rate_is_no_limit_and_remembers_nobody() -> None:
+    rate, limited = RateLimiter(0, clock=lambda: 0.0), RateLimiter(1, clock=lambda: 0.0)
+    for number in range(1000):
         rate.take("ann")
+        rate.take(str(number))
+    assert not rate._buckets
+    limited.take("ann")
+    with pytest.raises(RateLimited):  # so that one more is no limit either
+        limited.take("ann")
 
 
 class Connection:

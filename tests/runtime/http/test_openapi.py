@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from lichen.errors import RequestError
 from lichen.runtime.http.daemon import Daemon, DaemonOptions
+from lichen.runtime.http.ignored import REQUEST
 from lichen.runtime.http.openapi import LIMITS, document
 from lichen.runtime.http.route_table import ROUTES
-from lichen.runtime.http.schema import ChatBody, CompletionBody, parse, without_effect
+from lichen.runtime.http.schema import ChatBody, CompletionBody, parse
 from lichen.runtime.sequence import SamplingOptions
 from tests.conftest import RunningDaemon, StartDaemon, empty_pool
 
@@ -208,7 +209,7 @@ def test_without_a_key_the_documented_401(start_daemon: StartDaemon) -> None:
             check(answer.json(), answer_schema(route.method, route.path, 401)["schema"])
 
 
-@pytest.mark.parametrize("name", without_effect())
+@pytest.mark.parametrize("name", REQUEST)
 def test_a_field_without_effect_is_documented_as_it_is_accepted(name: str) -> None:
     for value in (None, True, False, 0, 1, "", "none", "auto", [], {}, {"type": "text"}, ["text"], "x", 2):
         body = {"messages": HELLO, name: value}

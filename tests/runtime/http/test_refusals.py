@@ -11,6 +11,8 @@ import pytest
 from tests.conftest import RunningDaemon, StartDaemon
 
 HELLO = [{"role": "user", "content": "Hello"}]
+ANSWER = {"role": "assistant", "content": "Yes?"}
+CALL: dict[str, Any] = {"id": "call_1", "type": "function", "function": {"name": "now", "arguments": "{}"}}
 
 
 def refuse(daemon: RunningDaemon, path: str = "/v1/chat/completions", **request: Any) -> dict[str, Any]:
@@ -49,6 +51,17 @@ def refuse(daemon: RunningDaemon, path: str = "/v1/chat/completions", **request:
         ({"stop": [""]}, "stop"),
         ({"frobnicate": True}, "frobnicate"),
         ({"seed": 1 << 70}, None),
+        ({"messages": [{**ANSWER, "refusal": "I will not."}]}, "messages[0].refusal"),
+        ({"messages": [{**ANSWER, "audio": {"id": "audio_1"}}]}, "messages[0].audio"),
+        ({"messages": [{**ANSWER, "annotations": [{"type": "url"}]}]}, "messages[0].annotations"),
+        (
+            {"messages": [{**ANSWER, "provider_specific_fields": "x"}]},
+            "messages[0].provider_specific_fields",
+        ),
+        (
+            {"messages": [{**ANSWER, "tool_calls": [{**CALL, "cache": True}]}]},
+            "messages[0].tool_calls[0].cache",
+        ),
     ],
 )
 def test_a_wrong_field_is_a_400_that_names_it(
@@ -66,6 +79,33 @@ def test_a_wrong_field_is_a_400_that_names_it(
 def test_a_field_that_changes_nothing_is_accepted(daemon: RunningDaemon, fields: dict[str, Any]) -> None:
     body = {"messages": HELLO, "max_tokens": 1, **fields}
     assert httpx.post(f"{daemon.base_url}/chat/completions", json=body, timeout=20).status_code == 200
+
+
+UNTOUCHED: dict[str, Any] = {"refusal": None, "annotations": [], "audio": None, "function_call": None}
+
+
+@pytest.mark.parametrize(
+    "extra", [None, {}, {"refusal": None, "citations": [1]}], ids=["null", "empty", "full"]
+)
+def test_an_answer_is_accepted_as_clients_send_it_back(daemon: RunningDaemon, extra: Any) -> None:
+    kept = {"provider_specific_fields": extra}
+    call = {**CALL, **kept, "index": None, "function": {**CALL["function"], **kept}}
+    answer = {**ANSWER, **UNTOUCHED, **kept, "tool_calls": [call]}
+    result = {"role": "tool", "tool_call_id": "call_1", "content": "noon"}
+    body = {"messages": [*HELLO, answer, result]}
+    plain = {"messages": [*HELLO, {**ANSWER, "tool_calls": [CALL]}, result]}
+    prompts = [httpx.post(f"{daemon.url}/apply-template", json=sent, timeout=20) for sent in (body, plain)]
+    assert prompts[0].status_code == 200, prompts[0].text
+    assert prompts[0].json() == prompts[1].json()
+    asked = httpx.post(f"{daemon.base_url}/chat/completions", json={**body, "max_tokens": 1}, timeout=20)
+    assert asked.status_code == 200, asked.text
+
+
+def test_fields_without_effect_are_those_of_openais_bodies(daemon: RunningDaemon) -> None:
+    for path in ("/api/chat", "/tokenize", "/models/load"):
+        answer = httpx.post(daemon.url + path, json={"model": "default", "user": "me"}, timeout=10)
+        assert answer.status_code == 400
+        assert "user" in answer.text
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import time
+from collections import Counter
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -113,9 +114,11 @@ def target(start_daemon: StartDaemon) -> Iterator[RunningDaemon]:
     target.wait_idle()
 
 
-def ask(target: RunningDaemon, method: str, path: str, mode: GenerationMode, examples: int, by: int) -> int:
-    """Make up requests for one operation and check the answers; how many reached a 200."""
-    answered = 0
+def ask(
+    target: RunningDaemon, method: str, path: str, mode: GenerationMode, examples: int, by: int
+) -> Counter[str]:
+    """Make up requests for one operation and check the answers: how many "answered", how many "refused"."""
+    answers: Counter[str] = Counter()
     operation = SCHEMA[path][method.upper()]
 
     @seed(by)
@@ -128,28 +131,29 @@ def ask(target: RunningDaemon, method: str, path: str, mode: GenerationMode, exa
     )
     @given(case=operation.as_strategy(generation_mode=mode))
     def requests(case: Any) -> None:
-        nonlocal answered
         messages = case.body.get("messages") if isinstance(case.body, dict) else None
         if mode == GenerationMode.POSITIVE and isinstance(messages, list):
             case.body["messages"] = messages[:MESSAGES]
         response = case.call(base_url=target.url, timeout=HANG_S)
         case.validate_response(response, checks=CHECKS)
-        answered += response.status_code == 200
+        answers["answered"] += response.status_code == 200
+        answers["refused"] += 400 <= response.status_code < 500
 
     requests()
-    return answered
+    return answers
 
 
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: route.id)
 def test_valid_requests(target: RunningDaemon, route: Any) -> None:
-    answered = ask(target, route.method, route.path, GenerationMode.POSITIVE, EXAMPLES[route.method], 1)
+    answers = ask(target, route.method, route.path, GenerationMode.POSITIVE, EXAMPLES[route.method], 1)
     named = route.parameters or route.id in ("ollamaShow", "ollamaPull")  # made-up names of models
-    assert answered or named, "requests reach the engine, else this test says little"
+    assert answers["answered"] or named, "requests reach the engine, else this test says little"
 
 
 @pytest.mark.parametrize("route", [route for route in ROUTES if route.body], ids=lambda route: route.id)
 def test_broken_requests(target: RunningDaemon, route: Any) -> None:
-    ask(target, route.method, route.path, GenerationMode.NEGATIVE, EXAMPLES[route.method], 2)
+    answers = ask(target, route.method, route.path, GenerationMode.NEGATIVE, EXAMPLES[route.method], 2)
+    assert answers["refused"] > EXAMPLES[route.method] // 2, answers
 
 
 @given(
@@ -179,9 +183,12 @@ def test_requests_for_ten_minutes(target: RunningDaemon) -> None:
     chance = random.Random()
     ends = time.monotonic() + SLOW_S
     kinds = (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
+    answers: Counter[str] = Counter()
     work = [(route, kind) for route in ROUTES for kind in (kinds if route.body else kinds[:1])]
     while time.monotonic() < ends:
         for route, mode in work:
             by = chance.randrange(1 << 32)
             print(f"{route.id} {mode.value} seed {by}")  # pytest shows it when this fails
-            ask(target, route.method, route.path, mode, 10 * EXAMPLES[route.method], by)
+            answers += ask(target, route.method, route.path, mode, 10 * EXAMPLES[route.method], by)
+    print(answers)
+    assert min(answers["answered"], answers["refused"]) > 100, answers
