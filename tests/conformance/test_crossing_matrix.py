@@ -33,7 +33,7 @@ from tests.conformance.crossing import (
     plain_body,
 )
 from tests.conformance.outcome import NEAR_TIE, LogprobOf, Outcome, Row, lead_where_they_part, streamed, whole
-from tests.conftest import RunningDaemon
+from tests.conftest import RunningDaemon, StartDaemon
 
 MATRIX = covering({name: list(axis.values) for name, axis in AXES.items()}, strength=3)
 SCHEMAS = {tool["function"]["name"]: tool["function"]["parameters"] for tool in TOOLS}
@@ -45,6 +45,12 @@ LATE_S = 0.2  # or after so long
 
 def test_the_matrix_is_large_enough() -> None:
     assert len(MATRIX) >= FAST
+
+
+@pytest.fixture(scope="module")
+def daemon(start_daemon: StartDaemon) -> RunningDaemon:
+    """One that drafts, so that a request can do without."""
+    return start_daemon("--slots", "8", "--queue", "256", "--speculation", "suffix", "--answer-memory", "0")
 
 
 @pytest.fixture(scope="module")
