@@ -2,10 +2,9 @@
 
 One daemon with speculation on; each question is asked twice in a row, once with `"speculation": false`, the
 order changing from question to question, so that both sides see the same machine, and once before, so that
-both find its prompt computed. What counts is the daemon's
-own rate of tokens 2..n of each answer, and the sum of these times over a kind of work. Answers are greedy, so
-both sides say the same but for near-ties; how many did is in the result. No question is asked twice with
-drafts, so past answers help no more than they would.
+both find its prompt computed. What counts is the daemon's own rate of tokens 2..n of each answer, and the sum
+of these times over a kind of work. Answers are greedy, so both sides say the same but for near-ties; how many
+did is in the result. No question is asked twice with drafts, so past answers help no more than they would.
 """
 
 from __future__ import annotations

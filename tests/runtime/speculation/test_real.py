@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from aiohttp.test_utils import TestClient, TestServer
 
 from lichen.runtime.answer_form import AnswerForm
 from lichen.runtime.native import DECODE_OK, Context, ContextSize, Model
@@ -24,6 +25,7 @@ from lichen.runtime.served_model import ModelOptions, ServedModel
 from lichen.runtime.speculation.build import SpeculationOptions
 from lichen.runtime.speculation.drafter import NOTHING, Draft
 from lichen.runtime.speculation.plan import Speculation
+from tests.conftest import daemon_over
 from tests.runtime.speculation.small_native import Eager
 
 LENGTH = 32
@@ -221,6 +223,33 @@ async def test_greedy_with_drafts_is_greedy_up_to_a_near_tie(
     print(f"{equal} of {compared} answers are equal, {accepted} drafted tokens were right")
     assert accepted > 8 * len(prompts)
     assert after.free_slots == 4
+
+
+async def test_a_client_sees_what_was_drafted_and_may_do_without(
+    speculating: Speculating, tmp_path: Path
+) -> None:
+    daemon = daemon_over(speculating.served, tmp_path)
+    body = {"messages": [{"role": "user", "content": PROMPTS[0]}], "temperature": 0, "max_tokens": LENGTH}
+    async with TestClient(TestServer(daemon.application())) as client:
+
+        async def timings(**more: Any) -> dict[str, Any]:
+            answer = await client.post("/v1/chat/completions", json=body | more)
+            assert answer.status == 200, await answer.text()
+            found: dict[str, Any] = (await answer.json())["timings"]
+            return found
+
+        with_drafts = await timings()
+        assert 0 < with_drafts["draft_n_accepted"] <= with_drafts["draft_n"]
+        assert (await timings(speculation=False))["draft_n"] == 0
+        refused = await client.post("/v1/chat/completions", json=body | {"speculation": "yes"})
+        assert refused.status == 400 and "speculation" in await refused.text()
+        metrics = await (await client.get("/metrics")).text()
+    counters = speculating.served.engine.counters()
+    name = 'model_name="drafting"'
+    assert f"vllm:spec_decode_num_draft_tokens_total{{{name}}} {counters.draft_tokens}\n" in metrics
+    assert f"vllm:spec_decode_num_accepted_tokens_total{{{name}}} {counters.draft_accepted}\n" in metrics
+    first = f'vllm:spec_decode_num_accepted_tokens_per_pos_total{{{name},position="0"}} '
+    assert 0 < int(metrics.split(first)[1].split()[0]) <= counters.drafts
 
 
 @pytest.mark.slow
