@@ -214,7 +214,7 @@ async def compare(speculating: Speculating, noise: Noise, prompt: str, case: str
 async def test_greedy_with_drafts_is_greedy_up_to_a_near_tie(
     speculating: Speculating, noise: Noise, case: str
 ) -> None:
-    prompts = PROMPTS[:3] if case == "greedy" else PROMPTS[:1]
+    prompts = PROMPTS[:2] if case == "greedy" else PROMPTS[:1]
     before = speculating.served.engine.counters()
     results = [await compare(speculating, noise, prompt, case) for prompt in prompts]
     after = speculating.served.engine.counters()

@@ -32,7 +32,7 @@ def built(options: SpeculationOptions, *, cuttable: bool = True) -> list[Any]:
 def test_each_setting_gives_its_drafters() -> None:
     assert built(SpeculationOptions()) == []
     for choice in ("suffix", "auto"):
-        (drafter,) = built(SpeculationOptions(drafters=choice))  # type: ignore[arg-type]
+        (drafter,) = built(SpeculationOptions(drafters=choice))
         assert isinstance(drafter, SuffixDrafter)
 
 
