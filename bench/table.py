@@ -106,6 +106,31 @@ def structured_rows(record: dict[str, Any]) -> Rows:
     return rows
 
 
+def speculation_rows(record: dict[str, Any]) -> Rows:
+    """Header and a row for each kind of work: rates without and with drafted tokens."""
+    rows: Rows = [
+        ["work", "answers", "same", "plain tokens/s", "drafted tokens/s", "drafted ÷ plain", "median", "range",
+         "accepted", "tokens a step"]
+    ]  # fmt: skip
+    for kind, cell in record["summary"].items():
+        share = cell["accepted"]
+        rows.append(
+            [
+                kind,
+                str(cell["answers"]),
+                str(cell["same"]),
+                number(cell["plain_tokens_per_second"]),
+                number(cell["drafted_tokens_per_second"]),
+                number(cell["ratio"], 2),
+                number(cell["median_ratio"], 2),
+                f"{cell['low']:.2f}..{cell['high']:.2f}",
+                number(None if share is None else share * 100, 0, " %"),
+                number(cell["tokens_a_step"], 2),
+            ]
+        )
+    return rows
+
+
 def soak_rows(record: dict[str, Any]) -> Rows:
     """Header and a row for each thing that must not grow: its first and last quarter, and the change."""
     rows: Rows = [["what", "first quarter", "last quarter", "change"]]

@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from lichen.config import Config, load, override
-from lichen.errors import LichenError, RequestError, Unavailable
+from lichen.errors import LichenError, NotFound, RequestError, Unavailable
 from lichen.quant.gguf_check import check_gguf
 from lichen.runtime import memory
 from lichen.runtime.answer import CallArguments, CallBegins, Part, Said, Thought
@@ -29,6 +29,7 @@ from lichen.runtime.generation import Generation
 from lichen.runtime.memory import Fitted
 from lichen.runtime.sequence import Finished, FinishReason, Piece, SamplingOptions, Timings, Usage
 from lichen.runtime.served_model import ModelOptions, ServedModel
+from lichen.runtime.speculation.build import SpeculationOptions
 from lichen.runtime.tools import Tool
 from lichen.sync.store import PullProgress, Store
 
@@ -330,4 +331,24 @@ def model_options(config: Config) -> ModelOptions:
         queue=config.queue,
         spill_folder=config.home / "prefix-cache" if config.prefix_cache else None,
         spill_limit=config.prefix_cache,
+        speculation=SpeculationOptions(
+            drafters=config.speculation,
+            draft_model=draft_file(config),
+            answers_folder=config.home / "answers" if config.answer_memory else None,
+            answers_limit=config.answer_memory,
+        ),
     )
+
+
+def draft_file(config: Config) -> Path | None:
+    """The GGUF of the draft model, where one is configured and used. Raises NotFound: it is not fetched."""
+    reference = config.draft_model
+    if reference is None or config.speculation in ("off", "suffix"):
+        return None
+    if (path := local_file(reference)) is not None:
+        return path
+    store = Store(config.home / "store", offline=True)
+    manifest = store.resolve(reference)
+    if manifest is None:
+        raise NotFound(f"The draft model {reference!r} is not here.", hint=f"Get it: lichen pull {reference}")
+    return store.blob_path(manifest)

@@ -46,6 +46,7 @@ _BOOLEANS = {
 OriginKind = Literal["flag", "argument", "environment", "file", "default"]
 JournalPolicy = Literal["off", "ask", "all"]
 LogFormat = Literal["text", "json"]
+Speculation = Literal["auto", "off", "suffix", "model"]
 LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 
 
@@ -162,6 +163,34 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             bytes=True,
         ),
     ] = 2_000_000_000
+    speculation: Annotated[
+        Speculation,
+        _about(
+            "How tokens are drafted, to be checked several in a step: suffix looks them up in the "
+            "conversation and in past answers, model asks the draft model, auto is both. Answers stay the "
+            "same, and nothing is drafted where that does not pay.",
+            metavar="HOW",
+        ),
+    ] = "off"
+    draft_model: Annotated[
+        Line | None,
+        _about(
+            "Smaller model that drafts: a name in the store or the path of a GGUF file.",
+            metavar="MODEL",
+            allowed="a model name or a path",
+        ),
+    ] = None
+    answer_memory: Annotated[
+        Annotated[int, Meta(ge=0, le=1 << 40)],
+        _about(
+            "Disk space under answers/ of the home for the latest answers of each API key, from which "
+            "'suffix' drafts after a restart; 0 keeps nothing. The files hold answers.",
+            metavar="BYTES",
+            allowed="a number of bytes, such as 8000000 or '8 MB'; 0 for none",
+            default="8 MB",
+            bytes=True,
+        ),
+    ] = 8_000_000
     keep_alive: Annotated[
         Annotated[float, Meta(ge=-1, le=31_536_000)],
         _about(

@@ -8,7 +8,8 @@ import msgspec
 class Counters(msgspec.Struct):
     """What the engine has done since it started, and what it holds now (tokens, sequences, steps).
 
-    ttft_s: seconds from submission to the first token, summed over `first_tokens` answers.
+    ttft_s: seconds from submission to the first token, summed over `first_tokens` answers. drafts: how often
+    drafted tokens were checked, each time `draft_tokens` of a sequence.
     """
 
     requests: int = 0
@@ -24,6 +25,9 @@ class Counters(msgspec.Struct):
     first_tokens: int = 0
     ttft_s: float = 0.0
     steps: int = 0
+    drafts: int = 0
+    draft_tokens: int = 0
+    draft_accepted: int = 0
     waiting: int = 0
     running: int = 0
     free_slots: int = 0

@@ -1,12 +1,14 @@
 """The engine: one thread that owns the native context and turns live sequences into events.
 
-A turn (`_step`) is: plan, decode, draw, deliver. Other threads only put commands into the inbox; nothing
-else ever calls the context, and no lock is held while it decodes. All events of a turn are posted at its
-end, with one wake-up for each event loop that reads them.
+A turn (`_step`) is: plan, draft, decode, draw, deliver. Other threads only put commands into the inbox;
+nothing else ever calls the context, and no lock is held while it decodes. All events of a turn are posted at
+its end, with one wake-up for each event loop that reads them.
 
 A failed decode is given to the sequences in that batch. Their slots are emptied and the context is
 tried with one token: if it answers the engine goes on, otherwise it is `failed`, and every sequence that
 waits or comes later gets that error.
+
+Who may come in is `admission.py`'s to say, what may be drafted `speculation/`'s.
 """
 
 from __future__ import annotations
@@ -16,21 +18,24 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
 
 import msgspec
 
-from lichen.errors import ContextOverflow, EngineError, LichenError, QueueFull, Unavailable
+from lichen.errors import ContextOverflow, EngineError, LichenError, Unavailable
+from lichen.runtime.admission import Admission, State
+from lichen.runtime.batch import pack, slot_of
 from lichen.runtime.counters import Counters
 from lichen.runtime.drawing import Drawing
-from lichen.runtime.generation import post
+from lichen.runtime.generation import deliver
 from lichen.runtime.metrics import EngineObserver
 from lichen.runtime.native import DECODE_NO_KV_SLOT, DECODE_OK, Context, Model
 from lichen.runtime.scheduler import Budget, Chunk, Scheduler
 from lichen.runtime.sequence import Failed, Finished, FinishReason, Prefill, Sequence
 from lichen.runtime.slots import SlotPool
+from lichen.runtime.speculation.plan import Speculation
+from lichen.runtime.speculation.verify import verify
 from lichen.runtime.spill import SpillStore
 from lichen.runtime.warmth import Warmth
 
@@ -39,26 +44,29 @@ log = logging.getLogger("lichen.engine")
 # Tokens that each waiting prompt may put between two tokens of a stream: bounds the gaps between them.
 PREFILL_SHARE = 64
 
-State = Literal["running", "draining", "failed", "closed"]
-
 
 class Engine:
     """Runs sequences on one context. Thread-safe: `submit`, `cancel`, `counters`, `drain`, `close`."""
 
     def __init__(
-        self, model: Model, context: Context, *, queue_limit: int, spill: SpillStore | None = None
+        self,
+        model: Model,
+        context: Context,
+        *,
+        queue_limit: int,
+        spill: SpillStore | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         self.model = model
         self.context = context
-        self.queue_limit = queue_limit
         self.observer: EngineObserver | None = None
-        self.state: State = "running"  # written under `_admission`
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._waiting: deque[Sequence] = deque()
         self._running: dict[Sequence, Drawing] = {}
         self._closers: list[Callable[[], None]] = []
         self._slots = SlotPool(context.slots)
         self._warmth = Warmth(context, self._slots, spill, self.call)
+        self._speculation = speculation or Speculation.off()
         self._stalled = False  # everything that waits, waits for the disk
         self._scheduler = Scheduler(
             Budget(
@@ -68,15 +76,14 @@ class Engine:
             )
         )
         self._counters = Counters(free_slots=context.slots)
-        self._admission = threading.Lock()  # guards `state` changes and the count of admitted sequences
-        self._admitted = 0
-        self._idle = threading.Event()
-        self._idle.set()
-        self._failure: LichenError | None = None
-        self._deadline: float | None = None
-        self._started_at = time.perf_counter()
+        self._admission = Admission(queue_limit + context.slots, queue_limit)
         self._thread = threading.Thread(target=self._run, name="lichen-engine", daemon=True)
         self._thread.start()
+
+    @property
+    def state(self) -> State:
+        """Whether it takes sequences, and if not, why."""
+        return self._admission.state
 
     def submit(self, *sequences: Sequence) -> None:
         """Queue sequences, all or none. Raises ContextOverflow, RequestError, QueueFull or Unavailable, else
@@ -85,20 +92,7 @@ class Engine:
             if len(sequence.prompt) >= self.context.context:
                 raise ContextOverflow(len(sequence.prompt), self.context.context)
             sequence.options.check(self.model.vocab_size)
-        with self._admission:
-            if self.state != "running":
-                raise self._failure or Unavailable("lichen is shutting down and takes no new requests.")
-            room = self.queue_limit + self.context.slots - self._admitted
-            if len(sequences) > room:
-                self._counters.rejected += len(sequences)
-                raise QueueFull(
-                    f"{max(0, min(room, self.queue_limit))} of {self.queue_limit} places in the queue are "
-                    f"free, and this request needs {len(sequences)}.",
-                    retry_after=self._retry_after(),
-                )
-            self._admitted += len(sequences)
-            self._counters.requests += len(sequences)
-            self._idle.clear()
+        self._admission.enter(len(sequences), self._counters)
         self._inbox.put(lambda: self._waiting.extend(sequences))
 
     def cancel(self, sequence: Sequence) -> None:
@@ -110,10 +104,7 @@ class Engine:
 
         Raises Unavailable once the engine is gone, so that nobody waits for it in vain.
         """
-        with self._admission:
-            if self.state in ("failed", "closed"):
-                raise self._failure or Unavailable("lichen was closed.")
-            self._inbox.put(function)
+        self._admission.while_alive(lambda: self._inbox.put(function))
 
     def on_close(self, function: Callable[[], None]) -> None:
         """Run `function` on the engine thread before the context is freed."""
@@ -122,7 +113,7 @@ class Engine:
     def counters(self) -> Counters:
         """A snapshot of the counters; who was admitted and does not run yet is waiting."""
         now = msgspec.structs.replace(self._counters)
-        now.waiting = max(0, self._admitted - now.running)
+        now.waiting = max(0, self._admission.count - now.running)
         now.restored_tokens = self._warmth.restored_tokens
         now.spilled_tokens = self._warmth.spilled_tokens
         return now
@@ -130,29 +121,19 @@ class Engine:
     def drain(self, timeout: float) -> bool:
         """Take no more sequences and wait for those that run, at most `timeout` seconds, then end the
         rest with an error. Blocks; True when all finished by themselves."""
-        with self._admission:
-            if self.state == "running":
-                self.state = "draining"
-        finished = self._idle.wait(timeout)
+        self._admission.drain()
+        finished = self._admission.wait_idle(timeout)
         if not finished:
             error = Unavailable("lichen stopped before this answer was complete.")
             self._inbox.put(lambda: self._fail_all(error))
-            self._idle.wait(10)
+            self._admission.wait_idle(10)
         return finished
 
     def close(self) -> None:
         """End every sequence, stop the thread and free the context. Blocks; idempotent."""
-        with self._admission:
-            already = self.state == "closed"
-            self.state = "closed"
-        if not already:
+        if self._admission.close():
             self._inbox.put(lambda: self._fail_all(Unavailable("lichen was closed.")))
         self._thread.join()
-
-    def _retry_after(self) -> int:
-        """Seconds that an answer took on average, from 1 to 60."""
-        done = self._counters.completed + self._counters.cancelled
-        return max(1, min(60, round((time.perf_counter() - self._started_at) / done))) if done else 1
 
     # Below: the engine thread.
 
@@ -170,13 +151,14 @@ class Engine:
             self._die(EngineError(f"The engine stopped on an internal error ({type(error).__name__})."))
             while not self._closed():
                 self._read_inbox()
-                self._fail_all(self._failure)
+                self._fail_all(self._admission.failure)
         finally:
             self._read_inbox(block=False)
             self._fail_all(Unavailable("lichen was closed."))
             for close in self._closers:
                 close()
-            self._warmth.close(spill=self._failure is None)
+            self._speculation.close()
+            self._warmth.close(spill=self._admission.failure is None)
             self.context.close()
 
     def _closed(self) -> bool:
@@ -199,7 +181,7 @@ class Engine:
     def _admit(self) -> None:
         """Give free slots to waiting sequences, oldest first."""
         if self.state == "failed":
-            self._fail_all(self._failure)
+            self._fail_all(self._admission.failure)
         passed: deque[Sequence] = deque()
         while self._waiting and self._slots.free:
             sequence = self._waiting.popleft()
@@ -226,45 +208,41 @@ class Engine:
         sequence.computed = sequence.cached = reused
         sequence.admitted_at = time.perf_counter()
         self._running[sequence] = Drawing(self.model, sequence)
+        self._speculation.begin(sequence)
         self._counters.prompt_tokens += len(sequence.prompt)
         self._counters.cached_tokens += reused
 
     def _step(self) -> None:
-        """One turn: plan, decode, draw, deliver."""
+        """One turn: plan, draft, decode, draw, deliver."""
+        began, drawn = time.perf_counter(), self._counters.completion_tokens
+        chunks = self._speculation.extend(self._scheduler.plan(self._running))
         # llama.cpp computes streams together only where their slots follow on each other in the batch.
-        chunks = sorted(self._scheduler.plan(self._running), key=lambda chunk: _slot(chunk.sequence))
+        chunks.sort(key=lambda chunk: slot_of(chunk.sequence))
         if not self._decode(chunks):
             return
         self._counters.steps += 1
-        last = -1  # index of the chunk's last token in the batch
+        last = -1  # index of the chunk's last known token in the batch
         for chunk in chunks:
             last += chunk.count
             sequence = chunk.sequence
             sequence.computed += chunk.count
             if chunk.completes:
-                self._draw(sequence, last)
+                self._answer(chunk, last)
             else:
                 self._held(sequence)
                 sequence.events.append(Prefill(sequence.computed, len(sequence.prompt)))
-        self._deliver(chunk.sequence for chunk in chunks)
+            last += len(chunk.draft)
+        deliver(chunk.sequence for chunk in chunks)
+        drawn = self._counters.completion_tokens - drawn
+        self._speculation.stepped(chunks, drawn, time.perf_counter() - began)
 
     def _decode(self, chunks: list[Chunk]) -> bool:
         """Compute the chunks; on failure give the error to their sequences and try to recover."""
-        tokens: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        outputs: list[int] = []
-        for chunk in chunks:
-            stop = chunk.start + chunk.count
-            tokens += chunk.sequence.tokens[chunk.start : stop]
-            positions += range(chunk.start, stop)
-            slots += [_slot(chunk.sequence)] * chunk.count
-            outputs += [0] * chunk.count
-            outputs[-1] = chunk.completes
-        code = self.context.decode(tokens, positions, slots, outputs)
+        batch = pack(chunks)
+        code = self.context.decode(*batch)
         if code == DECODE_OK:
             return True
-        log.error("llama_decode returned %d for %d tokens of %d sequences.", code, len(tokens), len(chunks))
+        log.error("llama_decode returned %d for %d tokens of %d sequences.", code, len(batch[0]), len(chunks))
         reason = "found no room in the KV cache" if code == DECODE_NO_KV_SLOT else f"failed with code {code}"
         error = EngineError(
             f"The engine could not compute this answer: decoding {reason}.", hint="Try again."
@@ -286,14 +264,39 @@ class Engine:
             self._die(EngineError("The engine failed and could not recover.", hint="Restart lichen."))
 
     def _die(self, error: LichenError) -> None:
-        with self._admission:
-            self._failure = error
-            if self.state != "closed":
-                self.state = "failed"
+        self._admission.fail(error)
         self._fail_all(error)
 
-    def _draw(self, sequence: Sequence, index: int) -> None:
-        """Sample the next token of a sequence whose tokens are all computed, and what follows from it."""
+    def _answer(self, chunk: Chunk, last: int) -> None:
+        """Draw what follows a sequence's tokens, which end at batch entry `last`, and check the draft."""
+        sequence, slot = chunk.sequence, slot_of(chunk.sequence)
+
+        def draw(position: int) -> int | None:
+            if position:  # the guess before it was right, so it is computed already
+                sequence.computed += 1
+                sequence.accepted += 1
+            return self._draw(sequence, last + position)
+
+        sequence.drafted += len(chunk.draft)
+        accepted = verify(chunk.draft, draw)
+        if chunk.draft:
+            self._speculation.judge(chunk, accepted, self._counters)
+            if self.observer is not None:
+                self.observer.checked(accepted)
+        if accepted < len(chunk.draft) and not self.context.truncate(slot, sequence.computed):
+            self._forget_cells(sequence, slot)
+
+    def _forget_cells(self, sequence: Sequence, slot: int) -> None:
+        """The context cannot take wrong guesses back: compute the sequence again, and draft no more."""
+        log.warning("This model's memory cannot be cut, so speculation is off for it.")
+        self._speculation.stop()
+        self.context.clear(slot)
+        self._slots.update(slot, ())
+        sequence.computed = 0
+
+    def _draw(self, sequence: Sequence, index: int) -> int | None:
+        """Sample the next token of a sequence whose tokens are all computed, and what follows from it; None
+        when the answer has ended."""
         drawing = self._running[sequence]
         now = time.perf_counter()
         if not sequence.drawn:
@@ -311,21 +314,28 @@ class Engine:
             token = drawing.draw(self.context, index)
         except LichenError as error:
             self._end(sequence, Failed(error), keep=sequence.computed)
-            return
+            return None
         sequence.tokens.append(token)
         self._counters.completion_tokens += 1
+        if reason := self._tell(sequence, token):
+            self._finish(sequence, reason)
+            return None
+        return token
+
+    def _tell(self, sequence: Sequence, token: int) -> FinishReason | None:
+        """Give out the text of a drawn token; why the answer ends with it, if it does."""
+        drawing = self._running[sequence]
         if self.model.is_end(token):
-            self._finish(sequence, "stop")
-            return
+            return "stop"
         if piece := drawing.show(token):
             sequence.events.append(piece)
         if drawing.ended:
-            self._finish(sequence, "stop")
-        elif sequence.drawn == sequence.options.max_tokens or len(sequence.tokens) >= self.context.context:
-            self._finish(sequence, "length")
+            return "stop"
+        full = sequence.drawn == sequence.options.max_tokens or len(sequence.tokens) >= self.context.context
+        return "length" if full else None
 
     def _held(self, sequence: Sequence) -> None:
-        self._slots.update(_slot(sequence), sequence.tokens[: sequence.computed])
+        self._slots.update(slot_of(sequence), sequence.tokens[: sequence.computed])
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         if piece := self._running[sequence].flush():
@@ -342,13 +352,14 @@ class Engine:
         self._release(sequence, keep)
         sequence.events.append(event)
         if isinstance(event, Failed):
-            self._deliver([sequence])
+            deliver([sequence])
 
     def _release(self, sequence: Sequence, keep: int) -> None:
         drawing = self._running.pop(sequence, None)
         if drawing is not None:
             drawing.close()
-            slot = _slot(sequence)
+            slot = slot_of(sequence)
+            self._speculation.end(sequence)
             if not keep:
                 self.context.clear(slot)
             self._slots.release(slot, sequence.tokens[:keep])
@@ -356,10 +367,7 @@ class Engine:
             sequence.slot = None
         self._warmth.forget(sequence)
         self._count_now()
-        with self._admission:
-            self._admitted -= 1
-            if not self._admitted:
-                self._idle.set()
+        self._admission.leave()
 
     def _cancel(self, sequence: Sequence) -> None:
         if sequence in self._running:
@@ -374,25 +382,12 @@ class Engine:
     def _fail_all(self, error: LichenError | None) -> None:
         failed = Failed(error or EngineError("The engine failed."))
         for sequence in [*self._running, *self._waiting]:
-            self._end(sequence, failed, keep=0 if self._failure else sequence.computed)
+            self._end(sequence, failed, keep=0 if self._admission.failure else sequence.computed)
         self._waiting.clear()
         self._count_now()
-
-    def _deliver(self, sequences: Iterable[Sequence]) -> None:
-        letters = []
-        for sequence in sequences:
-            if sequence.events:
-                letters.append((sequence.mailbox, sequence.events))
-                sequence.events = []
-        post(letters)
 
     def _count_now(self) -> None:
         counters = self._counters
         counters.running = len(self._running)
         counters.free_slots = self._slots.free
         counters.cells_used = self._slots.held_tokens
-
-
-def _slot(sequence: Sequence) -> int:
-    assert sequence.slot is not None, "a running sequence has a slot"
-    return sequence.slot

@@ -51,11 +51,14 @@ def _wake(waiter: asyncio.Future[None]) -> None:
         waiter.set_result(None)
 
 
-def post(letters: list[tuple[Mailbox, list[Event]]]) -> None:
-    """Deliver a step's events from the engine thread: one wake-up for each loop, however many readers."""
+def deliver(sequences: Iterable[Sequence]) -> None:
+    """Post a step's events from the engine thread: one wake-up for each loop, however many readers."""
     by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Mailbox, list[Event]]]] = {}
-    for letter in letters:
-        by_loop.setdefault(letter[0].loop, []).append(letter)
+    for sequence in sequences:
+        if sequence.events:
+            letter = (sequence.mailbox, sequence.events)
+            by_loop.setdefault(sequence.mailbox.loop, []).append(letter)
+            sequence.events = []
     for loop, group in by_loop.items():
         try:
             loop.call_soon_threadsafe(_put_all, group)

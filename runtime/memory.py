@@ -7,7 +7,7 @@ from llama.cpp's own allocations, and a few constants that were fitted to measur
               and the tables of the vocabulary
     kv        layers x key and value heads x lengths x 2 bytes (f16) x cells; sliding windows are taken
               for full ones, so that it is an upper bound there
-    compute   activations of one batch, its attention mask, the logits of every slot, the graph
+    compute   activations of one batch, its attention mask, the logits of every slot and draft, the graph
 
 What is measured is the resident set of this process (anonymous, file mapped and shared pages). Mapped
 weights count in it although the system may drop them. Not covered: memory of a GPU, pages in swap.
@@ -18,13 +18,14 @@ from __future__ import annotations
 import functools
 import logging
 import platform
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from lichen.devices import probe
 from lichen.errors import OutOfMemory
-from lichen.quant.gguf_check import GGUFArray, GGUFSummary
+from lichen.quant.gguf_check import GGUFArray, GGUFSummary, check_gguf
 from lichen.runtime.served_model import ModelOptions
 
 log = logging.getLogger("lichen.memory")
@@ -68,7 +69,8 @@ class Fitted(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def estimate(summary: GGUFSummary, options: ModelOptions) -> MemoryEstimate:
-    """What a model would take with these options."""
+    """What a model would take with these options, its draft model included. Raises what `check_gguf` does
+    for the file of a draft model."""
     batch = max(options.batch, options.slots)
     context = cells(summary, options)
     width, layers = _number(summary, "embedding_length"), _number(summary, "block_count")
@@ -77,14 +79,29 @@ def estimate(summary: GGUFSummary, options: ModelOptions) -> MemoryEstimate:
     repacked = _REPACKED | (_REPACKED_ON_ARM if platform.machine() in ("aarch64", "arm64") else frozenset())
     activations = _F32 * batch * (_WIDTHS * width + _INNER_WIDTHS * inner)
     mask = _F16 * batch * context
-    logits = _F32 * tokens * options.slots
-    return MemoryEstimate(
+    logits = _F32 * tokens * options.outputs
+    whole = MemoryEstimate(
         weights=summary.tensor_bytes
         + sum(size for kind, size in summary.matrix_bytes.items() if kind in repacked)
         + _VOCABULARY_ENTRY * (tokens + _length(summary, "merges")),
         kv=(_cell_bytes(summary) * context + _state_bytes(summary)) * options.slots,
         compute=activations + mask + logits + _GRAPH_LAYER * layers + _CANDIDATE * tokens,
     )
+    draft = options.speculation.draft_model if options.speculation.thinks else None
+    if draft is None:
+        return whole
+    alone = msgspec.structs.replace(options, speculation=type(options.speculation)())
+    added = estimate(_summary(draft), alone)
+    return MemoryEstimate(
+        weights=whole.weights + added.weights,
+        kv=whole.kv + added.kv,
+        compute=whole.compute + added.compute,
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _summary(path: Path) -> GGUFSummary:
+    return check_gguf(path)
 
 
 def cells(summary: GGUFSummary, options: ModelOptions) -> int:

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 import msgspec
 
+from lichen.runtime.speculation.drafter import MAX_DRAFT
+
 if TYPE_CHECKING:
     from lichen.runtime.served_model import ServedModel
 
@@ -73,6 +75,15 @@ METRICS = (
         "Ended requests, by reason: stop, length, abort (the client left), error.",
         "model_name",
         "finished_reason",
+    ),
+    _counter("vllm:spec_decode_num_drafts_total", "Drafts that were checked."),
+    _counter("vllm:spec_decode_num_draft_tokens_total", "Tokens that were drafted."),
+    _counter("vllm:spec_decode_num_accepted_tokens_total", "Drafted tokens that were right."),
+    _counter(
+        "vllm:spec_decode_num_accepted_tokens_per_pos_total",
+        "Drafts whose token at this position, counted from 0, was right.",
+        "model_name",
+        "position",
     ),
     _seconds("vllm:time_to_first_token_seconds", "From submission to the first token.", _FIRST_TOKEN),
     _seconds("vllm:inter_token_latency_seconds", "Between two tokens of an answer.", _TOKEN_GAP),
@@ -130,6 +141,9 @@ class EngineObserver(Protocol):
     def token_gap(self, seconds: float) -> None:
         """A further token came so long after the one before it."""
 
+    def checked(self, accepted: int) -> None:
+        """Of a draft, the first `accepted` tokens were right."""
+
     def finished(self, reason: str, seconds: float) -> None:
         """An answer was complete so long after its submission."""
 
@@ -142,8 +156,14 @@ class EngineMetrics:
         self.between_tokens = Histogram(_BUCKETS["vllm:inter_token_latency_seconds"])
         self.whole_answer = Histogram(_BUCKETS["vllm:e2e_request_latency_seconds"])
         self.reasons = {"stop": 0, "length": 0}
+        self.accepted_at = [0] * MAX_DRAFT  # drafts whose token at each position was right
         self.first_token = self.to_first_token.observe
         self.token_gap = self.between_tokens.observe
+
+    def checked(self, accepted: int) -> None:
+        """Count a draft by the positions that were right."""
+        for position in range(accepted):
+            self.accepted_at[position] += 1
 
     def finished(self, reason: str, seconds: float) -> None:
         """Count an answer that was complete `seconds` after its submission."""
@@ -221,6 +241,9 @@ def _of_model(model: ServedModel) -> Series:
         "vllm:time_to_first_token_seconds": seen.to_first_token,
         "vllm:inter_token_latency_seconds": seen.between_tokens,
         "vllm:e2e_request_latency_seconds": seen.whole_answer,
+        "vllm:spec_decode_num_drafts_total": now.drafts,
+        "vllm:spec_decode_num_draft_tokens_total": now.draft_tokens,
+        "vllm:spec_decode_num_accepted_tokens_total": now.draft_accepted,
         "llamacpp:prompt_tokens_total": max(0, now.prompt_tokens - now.cached_tokens),
         "llamacpp:tokens_predicted_total": now.completion_tokens,
         "llamacpp:requests_processing": now.running,
@@ -236,6 +259,8 @@ def _of_model(model: ServedModel) -> Series:
     yield from ((metric, name, value) for metric, value in values.items())
     for reason, count in {**seen.reasons, "abort": now.cancelled, "error": now.failed}.items():
         yield "vllm:request_success_total", (*name, reason), count
+    for position, count in enumerate(seen.accepted_at):
+        yield "vllm:spec_decode_num_accepted_tokens_per_pos_total", (*name, str(position)), count
 
 
 def _of_process(process: ProcessMetrics, facts: ProcessFacts) -> Series:

@@ -139,6 +139,10 @@ class Model:
         self.bos = int(lib.llama_vocab_bos(self._vocab))
         self.eos = int(lib.llama_vocab_eos(self._vocab))
         architecture = self.metadata("general.architecture") or ""
+        # Recurrent states cannot forget a token that turned out wrong.
+        self.cuttable = not (
+            lib.llama_model_is_recurrent(self._pointer) or lib.llama_model_is_hybrid(self._pointer)
+        )
         self.causal = self.metadata(f"{architecture}.attention.causal") != "false"
         self.pooling = _POOLING.get(self.metadata(f"{architecture}.pooling_type") or "", "mean")
         self._pieces: dict[int, bytes] = {}
@@ -233,12 +237,14 @@ class Model:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContextSize:
-    """How much a context holds: `slots` sequences of `context` tokens each, `batch` tokens a decode."""
+    """How much a context holds: `slots` sequences of `context` tokens each, `batch` tokens a decode, of
+    which `outputs` may have logits (0: one a slot)."""
 
     context: int
     slots: int
     threads: int
     batch: int = 512
+    outputs: int = 0
 
 
 class Context:
@@ -253,7 +259,7 @@ class Context:
         params.n_ctx = size.context * size.slots
         params.n_seq_max = size.slots
         params.n_batch = params.n_ubatch = size.batch
-        params.n_outputs_max = max(size.slots, 1)
+        self.outputs = params.n_outputs_max = max(size.slots, size.outputs)
         params.n_threads = params.n_threads_batch = size.threads
         params.flash_attn_type = _FLASH_ATTENTION_ENABLED
         params.kv_unified = False

@@ -12,6 +12,7 @@ A deterministic sequence has steps of its own, in turn with everybody else's, al
 from __future__ import annotations
 
 from collections.abc import Iterable
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 from lichen.runtime.sequence import Sequence
@@ -19,11 +20,15 @@ from lichen.runtime.sequence import Sequence
 
 @dataclass(slots=True, frozen=True)
 class Chunk:
-    """Compute `count` tokens of a sequence, from position `start`."""
+    """Compute `count` tokens of a sequence, from position `start`, and a draft of what may follow them.
+
+    Only a chunk that completes may have a draft.
+    """
 
     sequence: Sequence
     start: int
     count: int
+    draft: Items[int] = ()
 
     @property
     def completes(self) -> bool:

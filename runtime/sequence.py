@@ -26,6 +26,8 @@ MAX_STOP_CHARACTERS = 1024
 MAX_LOGIT_BIAS = 1024
 MAX_TOP_LOGPROBS = 20
 
+LOCAL = "local"  # the owner of everything that came without an API key
+
 _ids = itertools.count(1)
 
 
@@ -39,6 +41,8 @@ class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True):
     top_logprobs: report each token's log-probability and so many of the likeliest beside it; None: neither.
     deterministic: compute alone, from an empty cache, in steps of one shape, so that a repeat is equal to
     the bit (docs/determinism.md); slower, also for others.
+    speculation: whether tokens may be drafted and checked several at a time, where the daemon does that
+    (docs/speculation.md); it changes the speed, not what is drawn.
     """
 
     max_tokens: int | None = None
@@ -54,6 +58,7 @@ class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True):
     stop: tuple[str, ...] = ()
     top_logprobs: int | None = None
     deterministic: bool = False
+    speculation: bool = True
 
     def check(self, vocab_size: int) -> None:
         """Raise RequestError naming the first field out of its range."""
@@ -97,13 +102,18 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Timings(msgspec.Struct, frozen=True, kw_only=True):
-    """Where one request's time went, in seconds; the rate is of tokens after the first."""
+    """Where one request's time went, in seconds; the rate is of tokens after the first.
+
+    draft_n, draft_n_accepted: tokens that were drafted, and those of them that were right.
+    """
 
     queued_s: float
     prefill_s: float
     decode_s: float
     ttft_s: float
     tokens_per_second: float
+    draft_n: int = 0
+    draft_n_accepted: int = 0
 
 
 @dataclass(slots=True, frozen=True)
@@ -159,16 +169,22 @@ Event = Prefill | Piece | Finished | Failed
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A live request. `prompt` is not empty and leaves at least one cell of the context free."""
+    """A live request. `prompt` is not empty and leaves at least one cell of the context free.
+
+    owner: whose past answers may help with drafts: the id of an API key, or LOCAL.
+    """
 
     prompt: list[int]
     options: SamplingOptions
     mailbox: Mailbox
     constraint: Constraint | None = None
+    owner: str = LOCAL
     id: int = field(default_factory=lambda: next(_ids))
     tokens: list[int] = field(init=False)
     computed: int = 0
     cached: int = 0
+    drafted: int = 0
+    accepted: int = 0
     slot: int | None = None
     submitted_at: float = field(default_factory=time.perf_counter)
     admitted_at: float = 0.0
@@ -205,4 +221,6 @@ class Sequence:
             decode_s=decode,
             ttft_s=first - self.submitted_at,
             tokens_per_second=(self.drawn - 1) / decode if self.drawn > 1 and decode > 0 else 0.0,
+            draft_n=self.drafted,
+            draft_n_accepted=self.accepted,
         )

@@ -29,8 +29,9 @@ from lichen.runtime.grammar import json_grammar, whole_grammar
 from lichen.runtime.metrics import EngineMetrics
 from lichen.runtime.native import Context, ContextSize, Model
 from lichen.runtime.native import version as native_version
-from lichen.runtime.sequence import SamplingOptions
+from lichen.runtime.sequence import LOCAL, SamplingOptions
 from lichen.runtime.sequence import Sequence as LiveSequence
+from lichen.runtime.speculation.build import SpeculationOptions, build
 from lichen.runtime.spill import CacheKey, SpillStore
 from lichen.runtime.tools import DEFAULT, format_of, formats
 
@@ -46,7 +47,8 @@ INLINE_CHARACTERS = 2048  # shorter texts are tokenized on the loop: under a mil
 class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How to run a model. context: tokens a sequence (0: what it was trained for). slots: sequences at
     once. threads: for computing. queue: sequences that may wait. batch: tokens a step. spill_folder: where
-    long beginnings of prompts are kept, at most `spill_limit` bytes; None for nowhere."""
+    long beginnings of prompts are kept, at most `spill_limit` bytes; None for nowhere. speculation: what
+    drafts tokens."""
 
     context: int = 4096
     slots: int = 4
@@ -55,6 +57,12 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
     batch: int = 256
     spill_folder: Path | None = None
     spill_limit: int = 2_000_000_000
+    speculation: SpeculationOptions = SpeculationOptions()
+
+    @property
+    def outputs(self) -> int:
+        """Tokens of a step that may have logits."""
+        return self.slots + self.speculation.extra_outputs
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -123,13 +131,23 @@ class ServedModel:
                     slots=options.slots,
                     threads=options.threads,
                     batch=max(options.batch, options.slots),
+                    outputs=options.outputs,
                 ),
             )
         except BaseException:
             model.close()
             raise
-        spill = _spill_store(model, context, sha256 or _file_identity(path), options)
-        engine = Engine(model, context, queue_limit=options.queue, spill=spill)
+        identity = sha256 or _file_identity(path)
+        try:
+            speculation = build(
+                model, context, options.speculation, identity=identity, threads=options.threads
+            )
+        except BaseException:
+            context.close()
+            model.close()
+            raise
+        spill = _spill_store(model, context, identity, options)
+        engine = Engine(model, context, queue_limit=options.queue, spill=spill, speculation=speculation)
         try:
             served = cls(name, sha256, model, engine, options)
             if spill is not None:
@@ -147,17 +165,24 @@ class ServedModel:
         form: AnswerForm = AnswerForm(),  # noqa: B008 - immutable
         *,
         count: int = 1,
+        owner: str = LOCAL,
     ) -> list[Generation]:
-        """Answer a conversation `count` times, after one prefill.
+        """Answer a conversation `count` times, after one prefill. owner: whose past answers may help drafts.
 
         Raises what the template, the tokenizer, the grammar and `Engine.submit` raise.
         """
         work = functools.partial(self._chat_job, messages, form, count)
         tokens, constraints, reader = await self._prepare(work)
-        return self._submit(tokens, options, constraints, reader)
+        return self._submit(tokens, options, constraints, reader, owner=owner)
 
     async def complete(
-        self, prompt: str | list[int], options: SamplingOptions, *, count: int = 1, schema: Schema = None
+        self,
+        prompt: str | list[int],
+        options: SamplingOptions,
+        *,
+        count: int = 1,
+        schema: Schema = None,
+        owner: str = LOCAL,
     ) -> list[Generation]:
         """Continue a text, or token ids, as they are. schema: the continuation is JSON that it allows."""
         constraints: list[Constraint | None] = [None] * count
@@ -167,10 +192,10 @@ class ServedModel:
                 lambda: [self._grammars.constraint(grammar, param="response_format") for _ in range(count)]
             )
         if isinstance(prompt, list):
-            return self._submit(self._checked_tokens(prompt), options, constraints)
+            return self._submit(self._checked_tokens(prompt), options, constraints, owner=owner)
         encode = functools.partial(self.tokenize, prompt)
         tokens = encode() if len(prompt) < INLINE_CHARACTERS else await self._prepare(encode)
-        return self._submit(tokens, options, constraints)
+        return self._submit(tokens, options, constraints, owner=owner)
 
     async def embed(
         self, text: str | list[int], *, truncate: bool = False, dimensions: int | None = None
@@ -250,6 +275,8 @@ class ServedModel:
         options: SamplingOptions,
         constraints: Sequence[Constraint | None],
         reader: Callable[[], AnswerReader] | None = None,
+        *,
+        owner: str,
     ) -> list[Generation]:
         """One sequence for each constraint; with a seed, each further one has the next seed."""
         if not tokens:
@@ -260,7 +287,9 @@ class ServedModel:
             if number and options.seed is not None:
                 own = msgspec.structs.replace(options, seed=options.seed + number)
             sequences.append(
-                LiveSequence(prompt=tokens, options=own, mailbox=Mailbox(), constraint=constraint)
+                LiveSequence(
+                    prompt=tokens, options=own, mailbox=Mailbox(), constraint=constraint, owner=owner
+                )
             )
         self.engine.submit(*sequences)
         return [

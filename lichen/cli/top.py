@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 Status = dict[str, Any]
-COLUMNS = ("MODEL", "STATE", "SLOTS", "QUEUE", "TOK/S", "PROMPT/S", "TTFT", "KV", "MEMORY", "IDLE")
+COLUMNS = ("MODEL", "STATE", "SLOTS", "QUEUE", "TOK/S", "PROMPT/S", "DRAFTS", "TTFT", "KV", "MEMORY", "IDLE")
 
 
 def register(app: typer.Typer) -> None:
@@ -83,7 +83,8 @@ def frame(before: Sample, now: Sample) -> RenderableType:
 
 
 def row(before: Status | None, model: Status, seconds: float) -> tuple[str, ...]:
-    """One model's line; rates and the mean time to first token are of the time since `before`."""
+    """One model's line; rates, the share of drafted tokens that were right, and the mean time to
+    first token are of the time since `before`."""
     counters, past = model["counters"], (before or {}).get("counters", {})
     slots, queue, kv, idle = model["slots"], model["queue"], model["kv"], model["idle_s"]
 
@@ -93,7 +94,7 @@ def row(before: Status | None, model: Status, seconds: float) -> tuple[str, ...]
     def rate(tokens: float) -> str:
         return f"{tokens / seconds:.1f}" if seconds > 0 and past else "-"
 
-    first = grown("first_tokens")
+    first, drafted = grown("first_tokens"), grown("draft_tokens")
     loading = model["state"] == "loading"
     return (
         model["name"],
@@ -102,6 +103,7 @@ def row(before: Status | None, model: Status, seconds: float) -> tuple[str, ...]
         str(queue["waiting"]) if queue else "-",
         rate(grown("completion_tokens")),
         rate(max(0.0, grown("prompt_tokens") - grown("cached_tokens"))),
+        f"{grown('draft_accepted') / drafted:.0%}" if drafted else "-",
         f"{grown('ttft_s') / first * 1e3:.0f} ms" if first else "-",
         f"{kv['cells_used'] / kv['cells_total']:.0%}" if kv else "-",
         megabytes(model["measured_bytes"] or model["estimate"].get("total", 0)),

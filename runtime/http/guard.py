@@ -32,8 +32,9 @@ from lichen.errors import (
 )
 from lichen.runtime.http.keys import KeyStore
 from lichen.runtime.http.limits import UPLOAD_PATH, RateLimiter, is_upload
-from lichen.runtime.http.log_format import EXCHANGE
+from lichen.runtime.http.log_format import EXCHANGE, NO_KEY
 from lichen.runtime.http.redact import without_secrets
+from lichen.runtime.sequence import LOCAL
 
 log = logging.getLogger("lichen.http")
 
@@ -45,6 +46,12 @@ SETTING = "setting"  # in the log, the id of the one key that is a setting
 ERROR_CODE: web.ResponseKey[str] = web.ResponseKey("lichen_error_code", str)  # why an answer is an error
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def owner() -> str:
+    """Whose request is being answered: the id of its API key, or LOCAL where none was needed."""
+    exchange = EXCHANGE.get()
+    return LOCAL if exchange is None or exchange.key == NO_KEY else exchange.key
 
 
 class Guard:

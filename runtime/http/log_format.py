@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+NO_KEY = "-"
 TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -18,7 +19,7 @@ class Exchange:
     """One request and its answer: what the log says of it. started: on the monotonic clock, seconds."""
 
     id: str
-    key: str = "-"  # id of the API key that was used
+    key: str = NO_KEY  # id of the API key that was used
     keeps: bool = False  # whether that key has its answers kept
     started: float = field(default_factory=time.monotonic)
     response: Any = None  # the aiohttp answer, once its first byte may be on the wire

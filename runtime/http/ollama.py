@@ -20,7 +20,7 @@ from lichen.errors import LichenError, NotFound, RequestError
 from lichen.runtime.answer import CallArguments, CallBegins, Part, Said
 from lichen.runtime.answer_form import AnswerForm
 from lichen.runtime.generation import Generation
-from lichen.runtime.http.guard import error_text
+from lichen.runtime.http.guard import error_text, owner
 from lichen.runtime.http.ollama_schema import ChatRequest, EmbedRequest, GenerateRequest
 from lichen.runtime.http.openai import Use, json_response, read
 from lichen.runtime.http.wording import Message
@@ -54,7 +54,9 @@ class OllamaRoutes:
         async with self._use(bare(body.model), seconds(body.keep_alive)) as model:
             loaded = time.perf_counter()
             messages = [message.plain() for message in body.messages]
-            (generation,) = await model.chat(messages, body.sampling(model.info.context), body.form())
+            (generation,) = await model.chat(
+                messages, body.sampling(model.info.context), body.form(), owner=owner()
+            )
             lines = _Lines(body.model, started, loaded, chat=True)
             return await _send(request, generation, lines, stream=body.stream)
 
@@ -73,11 +75,11 @@ class OllamaRoutes:
     async def _generation(self, model: ServedModel, body: GenerateRequest) -> Generation:
         options = body.sampling(model.info.context)
         if body.raw:
-            (generation,) = await model.complete(body.prompt, options, schema=body.schema())
+            (generation,) = await model.complete(body.prompt, options, schema=body.schema(), owner=owner())
             return generation
         messages = [{"role": "system", "content": body.system}] if body.system else []
         messages.append({"role": "user", "content": body.prompt})
-        (generation,) = await model.chat(messages, options, AnswerForm(schema=body.schema()))
+        (generation,) = await model.chat(messages, options, AnswerForm(schema=body.schema()), owner=owner())
         return generation
 
     async def _load_only(self, name: str, keep_alive: Any, empty: dict[str, Any]) -> web.Response:

@@ -19,6 +19,7 @@ from lichen.errors import NotFound
 from lichen.runtime.generation import Generation
 from lichen.runtime.http import wording
 from lichen.runtime.http.answers import CHAT, TEXT, Answer, KeepAnswers, Wording
+from lichen.runtime.http.guard import owner
 from lichen.runtime.http.keeping import Keeping
 from lichen.runtime.http.schema import Body, ChatBody, CompletionBody, EmbeddingsBody, parse
 from lichen.runtime.resident import Candidate, ModelStatus
@@ -65,7 +66,9 @@ class OpenAIRoutes:
         messages = [message.plain() for message in body.messages]
         kept = self._keeping.of_chat(body, messages)
         async with self._use(body.model, body.keep_alive) as model:
-            generations = await model.chat(messages, body.sampling(), body.form(), count=body.n)
+            generations = await model.chat(
+                messages, body.sampling(), body.form(), count=body.n, owner=owner()
+            )
             keep = self._keeping.keeper(request, kept, model.info)
             return await _answer(request, body, model, generations, CHAT, keep=keep)
 
@@ -78,7 +81,7 @@ class OpenAIRoutes:
         async with self._use(body.model, body.keep_alive) as model:
             try:
                 for prompt in prompts:
-                    generations += await model.complete(prompt, options, count=body.n)
+                    generations += await model.complete(prompt, options, count=body.n, owner=owner())
             except BaseException:
                 _close(generations)
                 raise

@@ -44,7 +44,10 @@ class UsageBody(Struct, kw_only=True):
 
 
 class TimingsBody(Struct, kw_only=True):
-    """lichen's own: where one answer's time went, in milliseconds; the rate is of tokens after the first."""
+    """lichen's own: where one answer's time went, in milliseconds; the rate is of tokens after the first.
+
+    draft_n, draft_n_accepted: tokens that were drafted, and those of them that were right.
+    """
 
     queued_ms: float
     prefill_ms: float
@@ -52,6 +55,8 @@ class TimingsBody(Struct, kw_only=True):
     ttft_ms: float
     tokens_per_second: float
     cached_tokens: int
+    draft_n: int
+    draft_n_accepted: int
 
 
 class Head(Struct, kw_only=True):

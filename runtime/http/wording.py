@@ -122,6 +122,8 @@ def timings_json(finished: Finished) -> dict[str, Any]:
         "decode_ms": round(timings.decode_s * 1e3, 3),
         "ttft_ms": round(timings.ttft_s * 1e3, 3),
         "tokens_per_second": round(timings.tokens_per_second, 2),
+        "draft_n": timings.draft_n,
+        "draft_n_accepted": timings.draft_n_accepted,
         "cached_tokens": finished.usage.cached_tokens,
     }
 

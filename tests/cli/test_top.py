@@ -38,6 +38,8 @@ LATER = MODEL | {
         "cached_tokens": 20,
         "first_tokens": 3,
         "ttft_s": 0.5,
+        "draft_tokens": 8,
+        "draft_accepted": 6,
     }
 }
 LOADING = MODEL | {
@@ -53,12 +55,12 @@ LOADING = MODEL | {
 
 def test_rates_come_from_the_difference_of_counters() -> None:
     assert row(MODEL, LATER, 2.0) == (
-        ("m", "ready", "1/4", "2", "25.0", "20.0", "200 ms", "25%", "5 MB", "-")
+        ("m", "ready", "1/4", "2", "25.0", "20.0", "75%", "200 ms", "25%", "5 MB", "-")
     )
-    assert row(LATER, LATER, 2.0)[4:7] == ("0.0", "0.0", "-")
+    assert row(LATER, LATER, 2.0)[4:8] == ("0.0", "0.0", "-", "-")
     assert row(LATER, MODEL, 2.0)[4] == "0.0", "a model that was loaded anew counts from zero"
     assert row(None, MODEL, 2.0)[4] == row(MODEL, MODEL, 0.0)[4] == "-"
-    assert row(None, LOADING, 1.0) == ("m", "40%", "-", "-", "-", "-", "-", "-", "9 MB", "-")
+    assert row(None, LOADING, 1.0) == ("m", "40%", "-", "-", "-", "-", "-", "-", "-", "9 MB", "-")
 
 
 @pytest.mark.parametrize("width", [40, 100])

@@ -82,6 +82,12 @@ def daemon(start_daemon: StartDaemon) -> RunningDaemon:
 
 
 @pytest.fixture(scope="module")
+def daemon(start_daemon: StartDaemon) -> RunningDaemon:
+    """One that drafts, so that a request can do without."""
+    return start_daemon("--slots", "8", "--queue", "256", "--speculation", "suffix", "--answer-memory", "0")
+
+
+@pytest.fixture(scope="module")
 def client(daemon: RunningDaemon) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=daemon.base_url, timeout=120) as client:
         yield client

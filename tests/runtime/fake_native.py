@@ -29,8 +29,10 @@ class CountingModel:
 
 
 class CountingContext:
-    def __init__(self, *, slots: int = 2, context: int = 64, batch: int = 8) -> None:
+    def __init__(self, *, slots: int = 2, context: int = 64, batch: int = 8, outputs: int = 0) -> None:
         self.slots, self.context, self.batch = slots, context, batch
+        self.outputs_most = max(slots, outputs)
+        self.cuttable = True
         self.held: dict[int, list[int]] = {slot: [] for slot in range(slots)}
         self.batches: list[list[tuple[int, int, int]]] = []
         self.outputs: list[int] = []
@@ -49,6 +51,7 @@ class CountingContext:
         assert self.gate.wait(20)
         time.sleep(self.pace)
         assert 0 < len(tokens) <= self.batch
+        assert sum(outputs) <= self.outputs_most
         if self.codes and (code := self.codes.pop(0)) != DECODE_OK:
             return code
         for token, position, slot in zip(tokens, positions, slots, strict=True):
@@ -61,6 +64,8 @@ class CountingContext:
 
     def truncate(self, slot: int, length: int) -> bool:
         assert length <= len(self.held[slot])
+        if not self.cuttable:
+            return length == len(self.held[slot])
         del self.held[slot][length:]
         return True
 

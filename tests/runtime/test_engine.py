@@ -359,4 +359,4 @@ def test_whatever_happens_the_engine_ends_empty(requests: list[tuple[int, int, i
     bench.engine.close()
     assert (counters.running, counters.waiting, counters.free_slots) == (0, 0, 3)
     assert counters.completed + counters.cancelled == counters.requests == len(requests)
-    assert bench.engine._admitted == 0
+    assert bench.engine._admission.count == 0

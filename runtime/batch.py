@@ -1,0 +1,36 @@
+"""A step's chunks as the four columns that the native context decodes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lichen.runtime.scheduler import Chunk
+from lichen.runtime.sequence import Sequence
+
+Columns = tuple[list[int], list[int], list[int], list[int]]
+
+
+def pack(chunks: Iterable[Chunk]) -> Columns:
+    """Tokens, positions, slots and whether logits are wanted, [n] each, in the order of the chunks.
+
+    Logits are wanted after a chunk's last known token if it completes, and after each drafted token.
+    """
+    tokens: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    outputs: list[int] = []
+    for chunk in chunks:
+        known, drafted = chunk.start + chunk.count, len(chunk.draft)
+        tokens += chunk.sequence.tokens[chunk.start : known]
+        tokens += chunk.draft
+        positions += range(chunk.start, known + drafted)
+        slots += [slot_of(chunk.sequence)] * (chunk.count + drafted)
+        outputs += [0] * (chunk.count - 1)
+        outputs += [int(chunk.completes)] + [1] * drafted
+    return tokens, positions, slots, outputs
+
+
+def slot_of(sequence: Sequence) -> int:
+    """The slot of a running sequence."""
+    assert sequence.slot is not None, "a running sequence has a slot"
+    return sequence.slot

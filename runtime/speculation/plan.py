@@ -1,0 +1,147 @@
+"""Speculation as the engine sees it: drafts for a step's chunks, and what became of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field, replace
+
+from lichen.runtime.counters import Counters
+from lichen.runtime.scheduler import Chunk
+from lichen.runtime.sequence import Sequence
+from lichen.runtime.speculation.control import Acceptance, Controller, Offer
+from lichen.runtime.speculation.drafter import MAX_DRAFT, NOTHING, Draft, Drafter
+
+
+@dataclass(slots=True)
+class _Live:
+    """What is known of one sequence: acceptance by kind of draft, and this step's draft."""
+
+    records: dict[str, Acceptance] = field(default_factory=dict)
+    drafter: Drafter | None = None
+    draft: Draft = NOTHING
+
+
+class Speculation:
+    """Chooses drafter and length for each sequence at each step; without drafters it does nothing.
+
+    width: tokens that the context computes in a step. outputs: of them with logits.
+    """
+
+    def __init__(self, drafters: Items[Drafter] = (), *, width: int, outputs: int, context: int) -> None:
+        self.drafters = list(drafters)
+        self.controller = Controller()
+        self._width, self._outputs, self._context = width, outputs, context
+        self._live: dict[Sequence, _Live] = {}
+        self._drafting_s = 0.0  # of the step that is planned
+
+    @classmethod
+    def off(cls) -> Speculation:
+        """One that never drafts."""
+        return cls(width=0, outputs=0, context=0)
+
+    def begin(self, sequence: Sequence) -> None:
+        """A sequence got its slot. One that is deterministic or wants no drafts gets none."""
+        options = sequence.options
+        if self.drafters and options.speculation and not options.deterministic:
+            self._live[sequence] = _Live()
+            for drafter in self.drafters:
+                drafter.begin(sequence)
+
+    def end(self, sequence: Sequence) -> None:
+        """A sequence leaves its slot; idempotent."""
+        if self._live.pop(sequence, None) is not None:
+            for drafter in self.drafters:
+                drafter.end(sequence)
+
+    def stop(self) -> None:
+        """Draft no more: the context cannot take tokens back."""
+        for sequence in list(self._live):
+            self.end(sequence)
+        self.close()
+        self.drafters = []
+
+    def close(self) -> None:
+        """Write what drafters remember and free what they hold; idempotent."""
+        for drafter in self.drafters:
+            drafter.close()
+
+    def extend(self, chunks: list[Chunk]) -> list[Chunk]:
+        """The chunks of a step, with drafts behind those that are worth one. Steps with prompts get none."""
+        self._drafting_s = 0.0
+        if not self._live or not _only_streams(chunks):
+            return chunks
+        n = len(chunks)
+        room = self.controller.allowance(n, min(self._width, self._outputs) - n)
+        if room <= 0:
+            return chunks
+        started = time.perf_counter()
+        lives = [self._live.get(chunk.sequence) for chunk in chunks]
+        offers = []
+        for chunk, live in zip(chunks, lives, strict=True):
+            if live is not None:
+                self._choose(chunk.sequence, live, n, room)
+            offers.append(Offer(self._chances(live, live.draft) if live is not None else ()))
+        lengths = self.controller.lengths(n, offers, room)
+        self._drafting_s = time.perf_counter() - started
+        return [
+            replace(chunk, draft=live.draft.tokens[:length]) if live is not None and length else chunk
+            for chunk, live, length in zip(chunks, lives, lengths, strict=True)
+        ]
+
+    def judge(self, chunk: Chunk, accepted: int, counters: Counters) -> None:
+        """The first `accepted` tokens of a chunk's draft were right."""
+        sequence, drafted = chunk.sequence, len(chunk.draft)
+        counters.drafts += 1
+        counters.draft_tokens += drafted
+        counters.draft_accepted += accepted
+        live = self._live.get(sequence)
+        if live is None or live.drafter is None:
+            return  # the answer has ended, which says nothing about the rest of its draft
+        live.drafter.observe(sequence, live.draft, accepted)
+        tested = min(accepted + 1, drafted)
+        step = self.controller.costs.step
+        self._record(live, live.draft.kind).observe(tested, accepted, step)
+        self.controller.acceptance(live.draft.kind).observe(tested, accepted, step)
+
+    def stepped(self, chunks: list[Chunk], tokens: int, seconds: float) -> None:
+        """A step is over: `tokens` were drawn in it, and it took so long, drafting included."""
+        if self.drafters and _only_streams(chunks):
+            drafted = sum(len(chunk.draft) for chunk in chunks)
+            self.controller.stepped(len(chunks), drafted, tokens, seconds - self._drafting_s, seconds)
+
+    def _choose(self, sequence: Sequence, live: _Live, n: int, room: int) -> None:
+        """This sequence's draft for the step, from the drafter that promises most."""
+        options = sequence.options
+        left = self._context - len(sequence.tokens) - 1
+        if options.max_tokens is not None:
+            left = min(left, options.max_tokens - sequence.drawn - 1)
+        most = min(MAX_DRAFT, left, room)
+        live.draft, live.drafter, promised = NOTHING, None, 0.0
+        for drafter in self.drafters if most > 0 else ():
+            length = most
+            if drafter.token_s:
+                chances = self._record(live, drafter.name).chances(most, self.controller.costs.step)
+                length, rate = self.controller.length_at_cost(n, chances, drafter.token_s, most)
+                if not length or rate <= promised:
+                    continue
+            draft = drafter.propose(sequence, length)
+            rate = self.controller.rate(n, self._chances(live, draft))
+            if draft.tokens and rate > promised:
+                live.draft, live.drafter, promised = draft, drafter, rate
+
+    def _chances(self, live: _Live, draft: Draft) -> list[float]:
+        if not draft.tokens:
+            return []
+        return self._record(live, draft.kind).chances(len(draft.tokens), self.controller.costs.step)
+
+    def _record(self, live: _Live, kind: str) -> Acceptance:
+        record = live.records.get(kind)
+        if record is None:
+            record = live.records[kind] = Acceptance(self.controller.acceptance(kind))
+        return record
+
+
+def _only_streams(chunks: list[Chunk]) -> bool:
+    """Whether a step only continues answers, so that its time tells what tokens cost."""
+    return bool(chunks) and all(chunk.count == 1 and chunk.sequence.drawn for chunk in chunks)
