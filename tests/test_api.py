@@ -158,6 +158,7 @@ def test_a_wrong_setting_is_refused() -> None:
 
 FIFTY_LOADS = """
 import asyncio, gc, sys
+import psutil
 import lichen
 
 async def once():

@@ -77,14 +77,9 @@ class PlainPath:
 
 @pytest.fixture(scope="module")
 def daemon(start_daemon: StartDaemon) -> RunningDaemon:
-    """The daemon of the combinations: 8 slots."""
-    return start_daemon("--slots", "8", "--threads", "1")
-
-
-@pytest.fixture(scope="module")
-def daemon(start_daemon: StartDaemon) -> RunningDaemon:
-    """One that drafts, so that a request can do without."""
-    return start_daemon("--slots", "8", "--queue", "256", "--speculation", "suffix", "--answer-memory", "0")
+    """The daemon of the combinations: 8 slots; it drafts, so that a request can do without."""
+    drafts = ("--speculation", "suffix", "--answer-memory", "0")
+    return start_daemon("--slots", "8", "--threads", "1", "--queue", "256", *drafts)
 
 
 @pytest.fixture(scope="module")
