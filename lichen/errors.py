@@ -21,6 +21,7 @@
     │   ├── DiskFull                  507  not enough free space; carries both numbers
     │   └── OfflineError              503  offline mode forbids the network
     ├── ModelFileError                422  a GGUF that breaks its own rules
+    ├── TensorError                   422  numbers or buffers that cannot be stored in a tensor's type
     └── EngineError                   500  the native engine failed
 
 Foreign exceptions are translated where they enter (sources, native calls, HTTP), never further up.
@@ -226,6 +227,14 @@ class ModelFileError(LichenError):
 
     status = 422
     code = "bad_model_file"
+    kind = "invalid_request_error"
+
+
+class TensorError(LichenError):
+    """Numbers or buffers that do not fit a tensor's type: sizes, blocks, inf or nan, no importance."""
+
+    status = 422
+    code = "bad_tensor"
     kind = "invalid_request_error"
 
 

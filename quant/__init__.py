@@ -1,1 +1,1 @@
-"""Tensor formats: what a model file must look like before anything native touches it."""
+"""Tensor formats: files checked, read and written, and their numbers converted as ggml does."""
