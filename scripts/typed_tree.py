@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TREE = ROOT / ".build" / "tree"
-SUBPACKAGES = ("devices", "quant", "runtime", "sync")
+SUBPACKAGES = ("devices", "models", "quant", "runtime", "sync")
 
 
 def main() -> None:

@@ -1,0 +1,126 @@
+"""What goes wrong with files is said in words; what comes out of a model is the file again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lichen.errors import ModelFileError, TensorError
+from lichen.models.export import export_model
+from lichen.models.load import load_model
+from lichen.models.packing import pack
+from lichen.quant.formats import GGMLType
+from tests.models.test_families import text
+from tests.models.tiny_models import FAMILIES, WIDTH, write_tiny
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"blk.1.ffn_up.weight": None}, "no tensor blk.1.ffn_up.weight"),
+        ({"blk.0.attn_q_norm.weight": None}, "no tensor blk.0.attn_q_norm.weight"),
+        ({"blk.0.attn_k.weight": np.ones((8, WIDTH), np.float32)}, "has the shape .* promises"),
+        ({"output_norm.weight": np.ones(3, np.float32)}, r"shape \[3\]"),
+        ({"blk.0.ffn_gate_exps.weight": np.ones((8, WIDTH), np.float32)}, "ffn_gate_exps"),
+    ],
+)
+def test_tensors_that_do_not_fit(tensors: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match=message):
+        load_model(write_tiny(tmp_path / "m.gguf", "qwen3", tensors=tensors))
+
+
+def test_qwen2_needs_its_biases(tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match=r"no tensor blk\.0\.attn_v\.bias"):
+        load_model(write_tiny(tmp_path / "m.gguf", "qwen2", tensors={"blk.0.attn_v.bias": None}))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"rope.scaling.type": "longrope", "rope.scaling.factor": 2.0}, "'longrope' is not implemented"),
+        ({"rope.scaling.type": 3}, "3, not a text"),
+        ({"rope.freq_base": "fast"}, "'fast', not a number"),
+        ({"rope.freq_base": float("nan")}, "nan, not a number"),
+        ({"rope.freq_base": -1.0}, "must be above 0"),
+        ({"rope.dimension_count": 8}, "8 of 32 numbers"),
+        ({"attention.layer_norm_rms_epsilon": None}, "epsilon is missing"),
+        ({"attention.key_length": 0}, "key_length"),
+        ({"feed_forward_length": [128, 128]}, "not a whole number"),
+        ({"attention.causal": False}, "encoder"),
+        ({"attention.causal": 1}, "neither true nor false"),
+        ({"expert_count": 8}, "mixtures of experts"),
+        ({"attention.scale": 0.5}, "does not know what llama.attention.scale"),
+        ({"logit_scale": 2.0, "residual_scale": 0.2}, "logit_scale, llama.residual_scale"),
+    ],
+)
+def test_metadata_that_is_not_understood(keys: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match=message):
+        load_model(write_tiny(tmp_path / "m.gguf", "llama", keys=keys))
+
+
+def test_yarn_beside_windows_is_refused(tmp_path: Path) -> None:
+    keys = {"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0}
+    with pytest.raises(ModelFileError, match="sliding windows"):
+        load_model(write_tiny(tmp_path / "m.gguf", "gemma3", keys=keys))
+
+
+@pytest.mark.parametrize("name", ["mamba", "__init__", "os.path", "../llama", "llama\n"])
+def test_unknown_architectures(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError) as raised:
+        load_model(write_tiny(tmp_path / "m.gguf", name))
+    if name == "mamba":
+        assert str(raised.value) == (
+            "m.gguf is of the architecture 'mamba', which lichen cannot train. "
+            "It can train gemma3, llama, qwen2, qwen3."
+        )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_export_of_an_untouched_model_is_the_file(family: str, tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "m.gguf", family, kind=GGMLType.Q4_1)
+    export_model(load_model(path), tmp_path / "out.gguf")
+    assert (tmp_path / "out.gguf").read_bytes() == path.read_bytes()
+
+
+def test_export_changes_only_what_was_touched(tmp_path: Path) -> None:
+    model = load_model(write_tiny(tmp_path / "m.gguf", "llama", kind=GGMLType.Q8_0, tied=True))
+    block = model.blocks[1]
+    block.attn_q = block.attn_q.dense()  # type: ignore[assignment]
+    model.output = model.output.dense()  # type: ignore[assignment]
+    with torch.no_grad():
+        block.attn_q.weight.mul_(1.5)  # type: ignore[operator]
+        block.ffn_norm.weight.add_(1)
+        model.output.weight.mul_(2)  # type: ignore[operator]
+    export_model(model, tmp_path / "out.gguf")
+    exported = load_model(tmp_path / "out.gguf")
+    changed = {
+        name
+        for name, tensor in exported.file.tensors.items()
+        if name not in model.file.tensors or not np.array_equal(tensor.data, model.file.tensors[name].data)
+    }
+    assert changed == {"blk.1.attn_q.weight", "blk.1.ffn_norm.weight", "output.weight"}
+    assert exported.file.tensors["output.weight"].type == GGMLType.Q8_0
+    with torch.no_grad():
+        assert torch.allclose(exported(pack([text(20)])), model(pack([text(20)])), atol=0.2)
+
+
+def test_export_to_another_type(tmp_path: Path) -> None:
+    model = load_model(write_tiny(tmp_path / "m.gguf", "llama", kind=GGMLType.Q4_1))
+    export_model(
+        model, tmp_path / "out.gguf", choose=lambda name, kind: GGMLType.F16 if "norm" not in name else kind
+    )
+    exported = load_model(tmp_path / "out.gguf")
+    assert exported.file.tensors["blk.0.ffn_up.weight"].type == GGMLType.F16
+    assert exported.file.tensors["blk.0.ffn_norm.weight"].type == GGMLType.F32
+
+
+def test_export_of_an_adapted_model_says_what_to_do(tmp_path: Path) -> None:
+    model = load_model(write_tiny(tmp_path / "m.gguf", "llama"))
+    model.blocks[0].attn_q = torch.nn.Sequential(model.blocks[0].attn_q)  # type: ignore[assignment]
+    with pytest.raises(TensorError, match=r"blk\.0\.attn_q\.weight.*Sequential.*Merge"):
+        export_model(model, tmp_path / "out.gguf")
+    assert not (tmp_path / "out.gguf").exists()
