@@ -233,12 +233,14 @@ class Model:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContextSize:
-    """How much a context holds: `slots` sequences of `context` tokens each, `batch` tokens a decode."""
+    """How much a context holds: `slots` sequences of `context` tokens each, `batch` tokens a decode, of
+    which `outputs` may have logits (0: one a slot)."""
 
     context: int
     slots: int
     threads: int
     batch: int = 512
+    outputs: int = 0
 
 
 class Context:
@@ -253,7 +255,7 @@ class Context:
         params.n_ctx = size.context * size.slots
         params.n_seq_max = size.slots
         params.n_batch = params.n_ubatch = size.batch
-        params.n_outputs_max = max(size.slots, 1)
+        self.outputs = params.n_outputs_max = max(size.slots, size.outputs)
         params.n_threads = params.n_threads_batch = size.threads
         params.flash_attn_type = _FLASH_ATTENTION_ENABLED
         params.kv_unified = False
