@@ -57,8 +57,11 @@ class Importance(Mapping[str, Weights]):
                 f"The importance of {tensor.name} is for {list(means.shape)} columns, but the tensor has "
                 f"the shape {list(tensor.shape)}: it was gathered from another model."
             )
-        chosen = means[0 if len(means) == 1 else row // tensor.shape[-2]]
-        return chosen + np.float32(FLOOR) * chosen.mean() if chosen.any() else np.ones_like(chosen)
+        chosen: Weights = means[0 if len(means) == 1 else row // tensor.shape[-2]]
+        if not chosen.any():  # an expert that the text never chose
+            return np.ones_like(chosen)
+        floor = np.float32(FLOOR * float(chosen.mean()))
+        return np.maximum(chosen, floor)
 
 
 def save_importance(importance: Importance, path: Path) -> None:
@@ -97,7 +100,7 @@ def load_importance(path: Path) -> Importance:
             total = _numbers(path, sums, base)
             if counts.size != len(total) or (counts < 0).any() or (total < 0).any():
                 raise ModelFileError(f"{path.name}: the sums and counts of {base} do not fit each other.")
-            means[base] = total / np.maximum(counts.reshape(-1, 1), np.float32(1))
+            means[base] = (total / np.maximum(counts.reshape(-1, 1), 1)).astype(np.float32)
             tokens = max(tokens, int(counts.max()))
         chunk = file.metadata.get("imatrix.chunk_size")
         size = chunk.content if chunk is not None and isinstance(chunk.content, int) else 512

@@ -25,7 +25,7 @@ from lichen.quant.gguf import GGUFFile, GGUFTensor, Value, ValueType, write_gguf
 from lichen.quant.importance import Importance
 
 PIECE = 1 << 23  # elements of a piece: 32 MB of float32
-HEADER_ROOM = 1 << 20  # bytes that new metadata may add to a file's header
+HEADER_ROOM = 1 << 12  # bytes that new metadata may add to a file's header
 
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION of ggml.h
 

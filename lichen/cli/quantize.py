@@ -1,0 +1,370 @@
+"""`lichen quantize`: store a model in fewer bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+
+from lichen.cli.settings import config_of, megabytes, table
+from lichen.cli.texts import Stages, model_path, read_texts, tokens_of
+from lichen.errors import ConfigError, ModelFileError
+
+if TYPE_CHECKING:
+    from lichen.quant.formats import GGMLType
+    from lichen.quant.gguf import GGUFFile
+    from lichen.quant.importance import Importance
+    from lichen.quant.quantize import QuantizeProgress
+
+WINDOW = 512  # tokens of one stretch of calibration text
+MEASURED_WINDOW = 128  # of one stretch that sensitivities are measured on
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(quantize)
+
+
+class Request(NamedTuple):
+    """What the options ask for, checked. budget: bytes of the whole file."""
+
+    kind: GGMLType | None
+    budget: int | None
+    kinds: Sequence[GGMLType] | None
+    calibration: Sequence[Path]
+    importance: Path | None
+    tokens: int
+    measured_tokens: int
+
+
+class Chosen(NamedTuple):
+    """What each tensor becomes, and how that came about."""
+
+    types: Mapping[str, GGMLType]
+    importance: Importance | None
+    notes: list[str]
+    measured: dict[str, float]
+
+
+def quantize(
+    context: typer.Context,
+    source: Annotated[str, typer.Argument(help="GGUF file, or a model in the store.")],
+    target: Annotated[Path, typer.Argument(help="File to write.")],
+    type: Annotated[
+        str | None, typer.Option("--type", help="One type for all matrices, such as q4_k.")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Budget for the file, such as 90MB: types are chosen by measurement.")
+    ] = None,
+    bits: Annotated[float | None, typer.Option(help="The same budget, in bits a weight.")] = None,
+    calibration: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="Text to calibrate with; may be repeated.")
+    ] = None,
+    importance: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Importance matrix to use (GGUF, as of llama-imatrix).")
+    ] = None,
+    save_importance: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Keep the importance matrix that is gathered.")
+    ] = None,
+    types: Annotated[
+        str | None, typer.Option(help="Types that a budget may choose from, separated by commas.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=512, help="Tokens of calibration text.")] = 64 * WINDOW,
+    measure_tokens: Annotated[
+        int, typer.Option(min=64, help="Tokens that sensitivities are measured on.")
+    ] = 4 * MEASURED_WINDOW,
+    evaluate: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Text to compare the result with the source on.")
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Picture of bits by layer (.svg or .png).")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Store a model in fewer bytes: as one type, or under a budget with a measured type for each tensor."""
+    from lichen.cli.bits_picture import bars, draw
+    from lichen.quant.gguf import open_gguf
+    from lichen.quant.importance import save_importance as save
+
+    signal.signal(signal.SIGTERM, _interrupted)
+    path = model_path(context, source)
+    with open_gguf(path) as file, Stages() as stages:
+        request = _request(
+            file, type, size, bits, types, calibration or [], importance, tokens, measure_tokens
+        )
+        folder = config_of(context).home / "sensitivity"
+        chosen = choose(path, file, request, folder, stages)
+        if save_importance is not None:
+            if chosen.importance is None:
+                raise ConfigError("There is no importance matrix to save.", hint="Give --calibration.")
+            save(chosen.importance, save_importance)
+        write(path, file, target, chosen, stages)
+        record = _record(path, file, target, chosen)
+        if evaluate is not None:
+            record["evaluation"] = _evaluation(context, path, target, evaluate, stages)
+        if picture is not None:
+            chosen.notes.extend(draw(file, chosen.types, picture))
+        drawn = "" if as_json else bars(file, chosen.types)
+    if as_json:
+        typer.echo(json.dumps(record, indent=2))
+    else:
+        _show(record, drawn)
+
+
+def _interrupted(_signal: int, _frame: FrameType | None) -> None:
+    """End as Ctrl-C does, so that what is half done is removed."""
+    raise KeyboardInterrupt
+
+
+# ---- what is asked for ----------------------------------------------------------------------------
+
+
+def _request(
+    file: GGUFFile,
+    type: str | None,
+    size: str | None,
+    bits: float | None,
+    types: str | None,
+    calibration: Sequence[Path],
+    importance: Path | None,
+    tokens: int,
+    measured_tokens: int,
+) -> Request:
+    from lichen.quant.choice import type_named
+    from lichen.quant.quantize import header_bytes
+
+    if sum(option is not None for option in (type, size, bits)) != 1:
+        raise ConfigError(
+            "Say what the file shall become with exactly one of --type, --size and --bits.",
+            hint="For example: --type q4_k, or --size 90MB --calibration text.txt.",
+        )
+    if type is None and not calibration:
+        raise ConfigError(
+            "A budget needs a text to measure with.", hint="Give --calibration FILE, a text of your own kind."
+        )
+    budget = None if size is None else size_of(size)
+    if bits is not None:
+        if not 0 < bits <= 32:
+            raise ConfigError(f"--bits is {bits:g}, but must be above 0 and at most 32.")
+        weights = sum(_weights(tensor.shape) for tensor in file.tensors.values())
+        budget = int(weights * bits / 8) + header_bytes(file)
+    kinds = None if types is None else [type_named(name) for name in types.split(",")]
+    kind = None if type is None else type_named(type)
+    return Request(kind, budget, kinds, calibration, importance, tokens, measured_tokens)
+
+
+def size_of(text: str) -> int:
+    """Bytes of a size such as 90MB, 1.5GiB or 90000000. Raises ConfigError."""
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20}
+    units["GIB"] = 1 << 30
+    number = text.strip().rstrip("BbGgIiKkMm ")
+    unit = text.strip()[len(number) :].strip().upper()
+    try:
+        count = float(number) * units[unit]
+        if not 0 < count < 1 << 60:
+            raise ValueError
+    except (ValueError, KeyError):
+        raise ConfigError(f"--size is {text!r}, not a size such as 90MB or 1.5GiB.") from None
+    return int(count)
+
+
+def _weights(shape: Sequence[int]) -> int:
+    count = 1
+    for length in shape:
+        count *= length
+    return count
+
+
+# ---- choosing -------------------------------------------------------------------------------------
+
+
+def choose(path: Path, file: GGUFFile, request: Request, folder: Path, stages: Stages) -> Chosen:
+    """The type of every tensor. folder: where measurements are kept, so that a second run goes on."""
+    from lichen.quant.importance import load_importance
+
+    notes: list[str] = []
+    given = load_importance(request.importance) if request.importance is not None else None
+    if not request.calibration:
+        assert request.kind is not None
+        return _plain(file, request.kind, given, notes)
+    text = read_texts(request.calibration)
+    tokens = tokens_of(path, text)
+    try:
+        measured = _with_torch(path, file, request, tokens, given, folder, stages)
+    except (ModelFileError, ImportError) as error:
+        why = "torch is not installed" if isinstance(error, ImportError) else error.message.rstrip(".")
+        notes.append(f"Quantized without measuring: {why}.")
+        kind = request.kind or _largest_within(file, request)
+        return _plain(file, kind, given, notes)
+    if request.kind is not None:
+        return _plain(file, request.kind, measured.importance, notes)
+    return measured
+
+
+def _plain(file: GGUFFile, kind: GGMLType, importance: Importance | None, notes: list[str]) -> Chosen:
+    from lichen.quant.choice import plan_for
+
+    plan = plan_for(file.tensors.values(), kind)
+    if plan.stand_ins:
+        others = sorted({plan.types[name].name for name in plan.stand_ins})
+        notes.append(
+            f"{len(plan.stand_ins)} tensors have rows that are no multiple of {kind.name}'s block "
+            f"and became {', '.join(others)}, such as {next(iter(plan.stand_ins))}."
+        )
+    return Chosen(plan.types, importance, notes, {})
+
+
+def _largest_within(file: GGUFFile, request: Request) -> GGMLType:
+    """The one type with most bits that keeps within the budget. Raises ConfigError when none does."""
+    from lichen.quant import ggml
+    from lichen.quant.choice import FILE_TYPES, bits, plan_for
+    from lichen.quant.quantize import header_bytes, planned_bytes
+
+    assert request.budget is not None
+    room = request.budget - header_bytes(file)
+    sizes = {
+        kind: planned_bytes(file, plan_for(file.tensors.values(), kind).types)
+        for kind in request.kinds or FILE_TYPES
+        if kind not in ggml.NEEDS_IMPORTANCE
+    }
+    within = [kind for kind, size in sizes.items() if size <= room]
+    if not within:
+        raise ConfigError(
+            f"A budget of {request.budget:,} bytes is too small: the smallest possible is "
+            f"{min(sizes.values()) + header_bytes(file):,}."
+        )
+    return max(within, key=bits)
+
+
+def _with_torch(
+    path: Path,
+    file: GGUFFile,
+    request: Request,
+    tokens: Sequence[int],
+    given: Importance | None,
+    folder: Path,
+    stages: Stages,
+) -> Chosen:
+    """By a forward pass over the text. Raises ModelFileError for a family that lichen cannot run."""
+    from lichen.models.calibrate import gather_importance
+    from lichen.models.load import build_model
+    from lichen.models.mixture import KINDS, Mixer
+    from lichen.models.sensitivity import Measure
+    from lichen.quant.ledger import Ledger, digest
+    from lichen.runtime.scoring import stretches
+
+    model = build_model(file)
+    window = min(WINDOW, len(tokens))
+    importance = given or gather_importance(
+        model,
+        stretches(tokens, window, max(1, request.tokens // window)),
+        progress=lambda done, of: stages("importance", done, of, "tokens"),
+        text=", ".join(text.name for text in request.calibration),
+    )
+    if request.budget is None:
+        return Chosen({}, importance, [], {})
+    short = min(MEASURED_WINDOW, len(tokens))
+    parts = stretches(tokens, short, max(1, request.measured_tokens // short))
+    facts = b"".join(importance[name].tobytes() for name in sorted(importance))
+    ledger = Ledger(folder, digest(sha256_of(path), str(parts), facts))
+    stages("reference", 0, 1)
+    measure = Measure(model, parts)
+    mixer = Mixer(file, measure, importance, kinds=request.kinds or KINDS, ledger=ledger, tell=stages)
+    mixture = mixer.choose(request.budget, mixer.ratings())
+    numbers = {"kl_predicted": mixture.predicted, "kl_measured": mixture.measured}
+    return Chosen(mixture.types, importance, [], numbers)
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+# ---- writing and telling --------------------------------------------------------------------------
+
+
+def write(path: Path, file: GGUFFile, target: Path, chosen: Chosen, stages: Stages) -> None:
+    """Write the file, with where it came from."""
+    from lichen.quant.quantize import quantize_file
+
+    def tell(now: QuantizeProgress) -> None:
+        done = f"tensor {now.tensors_done} of {now.tensors}, {megabytes(now.bytes_done)}"
+        stages("writing", now.bytes_done, now.bytes, done)
+
+    lineage: dict[str, Any] = {"lichen.source.sha256": sha256_of(path), "lichen.source.file": path.name}
+    if chosen.importance is not None:
+        lineage |= {
+            "quantize.imatrix.dataset": chosen.importance.text,
+            "quantize.imatrix.entries_count": len(chosen.importance),
+        }
+    quantize_file(file, target, chosen.types, importance=chosen.importance, lineage=lineage, progress=tell)
+
+
+def _record(path: Path, file: GGUFFile, target: Path, chosen: Chosen) -> dict[str, Any]:
+    from lichen.quant.choice import is_matrix
+
+    weights = sum(_weights(tensor.shape) for tensor in file.tensors.values())
+    held: dict[str, int] = {}
+    for name, kind in chosen.types.items():
+        if is_matrix(file.tensors[name]):
+            held[kind.name] = held.get(kind.name, 0) + _weights(file.tensors[name].shape)
+    return {
+        "source": path.name,
+        "target": str(target),
+        "bytes_before": sum(part.stat().st_size for part in file.parts),
+        "bytes": target.stat().st_size,
+        "bits": 8 * target.stat().st_size / weights,
+        "weights_by_type": held,
+        "types": {name: kind.name for name, kind in chosen.types.items()},
+        "notes": chosen.notes,
+        **chosen.measured,
+    }
+
+
+def _evaluation(
+    context: typer.Context, path: Path, target: Path, text: Path, stages: Stages
+) -> dict[str, Any]:
+    """Perplexity, KL and speed of both on a text, by the engine that serves them."""
+    from lichen.cli.evaluate import evaluate_file, threads_of
+    from lichen.runtime.scoring import NativeScorer, stretches
+
+    parts = stretches(tokens_of(path, read_texts([text])), WINDOW, 8)
+    found = {}
+    for name, file in (("source", path), ("result", target)):
+        other = path if name == "result" else None
+        scores = evaluate_file(
+            file, parts, other, threads=threads_of(context), stages=stages, torch=False
+        )["engine"]
+        scorer = NativeScorer(file, window=WINDOW, threads=threads_of(context))
+        try:
+            scores["prompt_tokens_s"], scores["tokens_s"] = scorer.speed(parts[0])
+        finally:
+            scorer.close()
+        found[name] = scores
+    return found
+
+
+def _show(record: dict[str, Any], drawn: str) -> None:
+    sizes = {"source": record["bytes_before"], "result": record["bytes"]}
+    scores = record.get("evaluation", {})
+    keys = ("perplexity", "kl", "prompt_tokens_s", "tokens_s") if scores else ()
+    rows = []
+    for name, size in sizes.items():
+        found = scores.get(name, {})
+        rows.append((name, megabytes(size), *(f"{found[key]:.4g}" if key in found else "" for key in keys)))
+    table("", ("", "SIZE", "PERPLEXITY", "KL", "PROMPT TOKENS/S", "TOKENS/S")[: 2 + len(keys)], rows)
+    typer.echo(drawn)
+    if "kl_measured" in record:
+        typer.echo(
+            f"KL on the calibration text: {record['kl_measured']:.4g} nats a token "
+            f"({record['kl_predicted']:.4g} expected from single tensors)."
+        )
+    for note in record["notes"]:
+        typer.echo(note)
