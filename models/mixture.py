@@ -1,10 +1,12 @@
 """Chooses a type for every matrix of a model under a budget of bytes, by measured sensitivity.
 
 1. Each tensor is stored as one anchor type and the change of the model's predictions is measured
-   (`sensitivity.py`). 2. Other types are rated by their importance-weighted quantization error over the
-   anchor's: near the model the KL is a quadratic form of the error, so it grows with its square.
-3. `quant/allocate.py` minimizes the sum. 4. The whole choice is measured, and each kind of layer's share in it
-   corrects the ratings; a new choice is taken only if it measures better.
+   (`sensitivity.py`); tensors of one kind in `span` layers that follow each other may share a measurement.
+2. Other types are rated by their importance-weighted quantization error over the anchor's: near the model
+   the KL is a quadratic form of the error, so it grows with its square.
+3. `quant/allocate.py` minimizes the sum.
+4. The whole choice is measured, and the share of each kind of layer in it corrects the ratings; a new
+   choice is taken only if it measures better.
 docs/decisions/0010-bit-allocation.md has the measurements behind this.
 """
 
@@ -55,7 +57,8 @@ class Mixture:
 class Mixer:
     """Rates the tensors of one file once, and then chooses for any budget.
 
-    measure: of the file's model. importance: or None, and types that need one are left out.
+    measure: of the file's model. importance: or None, and types that need one are left out. span: layers
+    that share a measurement.
     """
 
     def __init__(
@@ -65,10 +68,13 @@ class Mixer:
         importance: Importance | None,
         *,
         kinds: Sequence[GGMLType] = KINDS,
+        span: int = 1,
+        rounds: int = ROUNDS,
         ledger: Ledger | None = None,
         tell: Tell = lambda _what, _done, _of: None,
     ) -> None:
         self._file, self._measure, self._importance = file, measure, importance
+        self._span, self._rounds = span, rounds
         self._ledger, self._tell = ledger or Ledger(None, ""), tell
         usable = [kind for kind in kinds if importance is not None or kind not in ggml.NEEDS_IMPORTANCE]
         self._kinds = sorted(set(usable), key=bits)
@@ -76,13 +82,16 @@ class Mixer:
 
     def ratings(self) -> dict[str, list[Option]]:
         """The options of every matrix; cost: the KL that each is expected to add, in nats."""
-        matrices = [tensor for tensor in self._file.tensors.values() if is_matrix(tensor)]
+        groups: dict[tuple[str, int], list[GGUFTensor]] = {}
+        for tensor in self._file.tensors.values():
+            if is_matrix(tensor):
+                groups.setdefault((_part(tensor.name), _layer(tensor.name) // self._span), []).append(tensor)
         found: dict[str, list[Option]] = {}
-        for count, tensor in enumerate(matrices):
-            self._tell("measuring tensors", count, len(matrices))
-            found[tensor.name] = self._options(tensor)
-        self._tell("measuring tensors", len(matrices), len(matrices))
-        return found
+        for count, group in enumerate(groups.values()):
+            self._tell("measuring tensors", count, len(groups))
+            found |= self._rated(group)
+        self._tell("measuring tensors", len(groups), len(groups))
+        return {name: found[name] for name in self._file.tensors if name in found}
 
     def choose(self, budget: int, ratings: Mapping[str, Sequence[Option]]) -> Mixture:
         """The best choice for a file of so many bytes. Raises ConfigError when that is too few."""
@@ -94,50 +103,56 @@ class Mixer:
         least = spent + sum(min(option.bytes for option in options) for options in ratings.values())
         if budget < least:
             raise ConfigError(
-                f"A budget of {budget:,} bytes is too small: the smallest possible with these types is {least:,}.",
-                hint="Raise it, or allow smaller types.",
+                f"A budget of {budget:,} bytes is too small: the smallest possible with these types "
+                f"is {least:,}.",
+                hint="Raise it, or allow smaller types with --types.",
             )
         best: tuple[float, float, dict[str, Option]] | None = None
-        for turn in range(ROUNDS + 1):
-            self._tell("choosing types", turn, ROUNDS + 1)
+        for turn in range(self._rounds + 1):
+            self._tell("choosing types", turn, self._rounds + 1)
             chosen = allocate(ratings, budget - spent)
             whole = self._kl(chosen)
             predicted = sum(option.cost for option in chosen.values())
             if best is None or whole < best[0]:
                 best = (whole, predicted, chosen)
-            if turn < ROUNDS:
+            if turn < self._rounds:
                 corrected = self._corrected(ratings, chosen, whole)
                 if corrected is None:
                     break
                 ratings = corrected
         assert best is not None
-        self._tell("choosing types", ROUNDS + 1, ROUNDS + 1)
+        self._tell("choosing types", self._rounds + 1, self._rounds + 1)
         self._cache.clear()
         types = fixed | {name: option.type for name, option in best[2].items()}
         order = {name: types[name] for name in self._file.tensors}
         return Mixture(types=order, predicted=best[1], measured=best[0], ratings=ratings)
 
-    # ---- one tensor -------------------------------------------------------------------------------
+    # ---- tensors that share a measurement ---------------------------------------------------------
 
-    def _options(self, tensor: GGUFTensor) -> list[Option]:
-        kinds = [kind for kind in self._kinds if fits(tensor, kind)] or [GGMLType.F16]
-        anchor = ANCHOR if fits(tensor, ANCHOR) else kinds[0]
-        errors = {kind: self._error(tensor, kind) for kind in {*kinds, anchor}}
-        kl = self._anchored(tensor, anchor)
-        scale = kl / errors[anchor] if errors[anchor] > 0 else 0.0
-        return [
-            Option(kind, _padded(stored_bytes(tensor, kind)), scale * errors[kind])
-            for kind in kinds
-        ]
+    def _rated(self, group: Sequence[GGUFTensor]) -> dict[str, list[Option]]:
+        anchors = {tensor.name: ANCHOR if fits(tensor, ANCHOR) else GGMLType.F16 for tensor in group}
+        whole = sum(self._error(tensor, anchors[tensor.name]) for tensor in group)
+        kl = self._anchored(group, anchors)
+        scale = kl / whole if whole > 0 else 0.0
+        return {
+            tensor.name: [
+                Option(kind, _padded(stored_bytes(tensor, kind)), scale * self._error(tensor, kind))
+                for kind in [kind for kind in self._kinds if fits(tensor, kind)] or [GGMLType.F16]
+            ]
+            for tensor in group
+        }
 
-    def _anchored(self, tensor: GGUFTensor, kind: GGMLType) -> float:
-        """The measured KL of one tensor as that type; 0 of one that no layer multiplies with."""
-        if tensor.name not in self._measure.measurable():
+    def _anchored(self, group: Sequence[GGUFTensor], anchors: Mapping[str, GGMLType]) -> float:
+        """The measured KL of tensors as those types; 0 of those that no layer multiplies with."""
+        used = [tensor for tensor in group if tensor.name in self._measure.measurable()]
+        if not used:
             return 0.0
-        key = f"kl {tensor.name} {kind.name}"
+        key = "kl " + " ".join(f"{tensor.name}:{anchors[tensor.name].name}" for tensor in used)
         kl = self._ledger.get(key)
         if kl is None:
-            kl = self._measure.divergence({tensor.name: requantized(tensor, kind, self._importance)})
+            kl = self._measure.divergence(
+                {tensor.name: requantized(tensor, anchors[tensor.name], self._importance) for tensor in used}
+            )
             self._ledger.put(key, kl)
         return kl
 
@@ -175,7 +190,7 @@ class Mixer:
         """Ratings in which each kind of layer costs what it adds to this choice; None if all is as rated."""
         groups: dict[str, list[str]] = {}
         for name in chosen:
-            groups.setdefault(_group(name), []).append(name)
+            groups.setdefault(_part(name), []).append(name)
         factors: dict[str, float] = {}
         for group, names in groups.items():
             rated = sum(chosen[name].cost for name in names)
@@ -184,7 +199,7 @@ class Mixer:
         if max(factors.values()) < 1.05 * min(factors.values()):
             return None
         return {
-            name: [replace(option, cost=option.cost * factors[_group(name)]) for option in options]
+            name: [replace(option, cost=option.cost * factors[_part(name)]) for option in options]
             for name, options in ratings.items()
         }
 
@@ -211,6 +226,11 @@ def _padded(size: int) -> int:
     return -(-size // 32) * 32
 
 
-def _group(name: str) -> str:
-    """What a tensor is, whichever layer it is in; finer groups would need more measurements than they save."""
+def _layer(name: str) -> int:
+    found = re.match(r"blk\.(\d+)\.", name)
+    return int(found[1]) if found else 0
+
+
+def _part(name: str) -> str:
+    """What a tensor is, whichever layer it is in."""
     return re.sub(r"^blk\.\d+\.", "", name)

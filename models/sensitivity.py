@@ -40,7 +40,7 @@ class Measure:
         self._states = [state for state in states.values() if state is not None]
         self._chances: list[Tensor] = []  # of each part: float32 [positions, vocabulary]
         self._entropies: list[Tensor] = []  # sum of p log p of each position, float64
-        for part in self._states[-1].split(PART):
+        for part in _parts(self._states[-1]):
             logs = model.logits(part).log_softmax(-1)
             chances = logs.exp()
             self._chances.append(chances)
@@ -64,7 +64,7 @@ class Measure:
             hidden = self.model.embed(self._packed) if start < 0 else self._states[start]
             hidden = self.model.run(hidden, self._packed, start=max(0, start))
             total = 0.0
-            parts = zip(hidden.split(PART), self._chances, self._entropies, strict=True)
+            parts = zip(_parts(hidden), self._chances, self._entropies, strict=True)
             for part, chances, entropies in parts:
                 logits = self.model.logits(part)
                 kl = entropies - _products(chances, logits) + logits.logsumexp(-1).double()
@@ -74,9 +74,7 @@ class Measure:
 
     @contextlib.contextmanager
     def _exchanged(self, changed: Mapping[str, GGUFTensor]) -> Iterator[None]:
-        before = [
-            (module, module.tensor) for name in changed for module in self._layers[name][1]
-        ]
+        before = [(module, module.tensor) for name in changed for module in self._layers[name][1]]
         try:
             for name, tensor in changed.items():
                 for module in self._layers[name][1]:
@@ -85,6 +83,10 @@ class Measure:
         finally:
             for module, tensor in before:
                 module.tensor = tensor
+
+
+def _parts(hidden: Tensor) -> Iterator[Tensor]:
+    return (hidden[first : first + PART] for first in range(0, len(hidden), PART))
 
 
 def _products(chances: Tensor, logits: Tensor) -> Tensor:

@@ -27,13 +27,14 @@ def stretches(tokens: Sequence[int], length: int, count: int | None = None) -> l
             hint="Give a longer text, or shorter stretches.",
         )
     wanted = whole if count is None else min(count, whole)
-    return [
-        list(tokens[length * (index * whole // wanted) :][:length]) for index in range(wanted)
-    ]
+    return [list(tokens[length * (index * whole // wanted) :][:length]) for index in range(wanted)]
 
 
 class NativeScorer:
-    """Scores text with a file's model, `window` tokens at most at a time. Raises ModelFileError, EngineError."""
+    """Scores text with a file's model, at most `window` tokens at a time.
+
+    Raises ModelFileError, EngineError.
+    """
 
     def __init__(self, path: Path, *, window: int, threads: int) -> None:
         check_gguf(path)

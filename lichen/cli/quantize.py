@@ -41,6 +41,7 @@ class Request(NamedTuple):
     importance: Path | None
     tokens: int
     measured_tokens: int
+    span: int
 
 
 class Chosen(NamedTuple):
@@ -67,7 +68,7 @@ def quantize(
         list[Path] | None, typer.Option(metavar="FILE", help="Text to calibrate with; may be repeated.")
     ] = None,
     importance: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Importance matrix to use (GGUF, as of llama-imatrix).")
+        Path | None, typer.Option(metavar="FILE", help="Importance matrix in GGUF, as of llama-imatrix.")
     ] = None,
     save_importance: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Keep the importance matrix that is gathered.")
@@ -76,6 +77,9 @@ def quantize(
         str | None, typer.Option(help="Types that a budget may choose from, separated by commas.")
     ] = None,
     tokens: Annotated[int, typer.Option(min=512, help="Tokens of calibration text.")] = 64 * WINDOW,
+    span: Annotated[
+        int, typer.Option(min=1, help="Layers that share a measurement: more is faster and coarser.")
+    ] = 1,
     measure_tokens: Annotated[
         int, typer.Option(min=64, help="Tokens that sensitivities are measured on.")
     ] = 4 * MEASURED_WINDOW,
@@ -96,7 +100,7 @@ def quantize(
     path = model_path(context, source)
     with open_gguf(path) as file, Stages() as stages:
         request = _request(
-            file, type, size, bits, types, calibration or [], importance, tokens, measure_tokens
+            file, type, size, bits, types, calibration or [], importance, tokens, measure_tokens, span
         )
         folder = config_of(context).home / "sensitivity"
         chosen = choose(path, file, request, folder, stages)
@@ -135,6 +139,7 @@ def _request(
     importance: Path | None,
     tokens: int,
     measured_tokens: int,
+    span: int,
 ) -> Request:
     from lichen.quant.choice import type_named
     from lichen.quant.quantize import header_bytes
@@ -156,7 +161,7 @@ def _request(
         budget = int(weights * bits / 8) + header_bytes(file)
     kinds = None if types is None else [type_named(name) for name in types.split(",")]
     kind = None if type is None else type_named(type)
-    return Request(kind, budget, kinds, calibration, importance, tokens, measured_tokens)
+    return Request(kind, budget, kinds, calibration, importance, tokens, measured_tokens, span)
 
 
 def size_of(text: str) -> int:
@@ -275,7 +280,15 @@ def _with_torch(
     ledger = Ledger(folder, digest(sha256_of(path), str(parts), facts))
     stages("reference", 0, 1)
     measure = Measure(model, parts)
-    mixer = Mixer(file, measure, importance, kinds=request.kinds or KINDS, ledger=ledger, tell=stages)
+    mixer = Mixer(
+        file,
+        measure,
+        importance,
+        kinds=request.kinds or KINDS,
+        span=request.span,
+        ledger=ledger,
+        tell=stages,
+    )
     mixture = mixer.choose(request.budget, mixer.ratings())
     numbers = {"kl_predicted": mixture.predicted, "kl_measured": mixture.measured}
     return Chosen(mixture.types, importance, [], numbers)
@@ -339,9 +352,9 @@ def _evaluation(
     found = {}
     for name, file in (("source", path), ("result", target)):
         other = path if name == "result" else None
-        scores = evaluate_file(
-            file, parts, other, threads=threads_of(context), stages=stages, torch=False
-        )["engine"]
+        scores = evaluate_file(file, parts, other, threads=threads_of(context), stages=stages, torch=False)[
+            "engine"
+        ]
         scorer = NativeScorer(file, window=WINDOW, threads=threads_of(context))
         try:
             scores["prompt_tokens_s"], scores["tokens_s"] = scorer.speed(parts[0])

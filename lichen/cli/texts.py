@@ -30,9 +30,7 @@ def model_path(context: typer.Context, reference: str) -> Path:
     store = Store(config.home / "store", offline=True)
     manifest = store.resolve(reference)
     if manifest is None:
-        raise NotFound(
-            f"The model {reference!r} is not here.", hint=f"Get it first: lichen pull {reference}"
-        )
+        raise NotFound(f"The model {reference!r} is not here.", hint=f"Get it first: lichen pull {reference}")
     return store.blob_path(manifest)
 
 
