@@ -40,9 +40,9 @@ def write_gguf(
     metadata: `Value`s, or plain Python values that become what `Value.of` says. tensors: name, type, shape
     (rows first) and any contiguous buffer of the rows' bytes. A list is written in one pass, and may hold
     functions in place of buffers, called in turn for pieces of the rows that are never held together. An
-    iterator is taken one tensor at a time, so that they need never be in memory together; since the header, with all
-    shapes, comes first in the file, their bytes wait on the disk beside it. alignment: in bytes; None for
-    what `general.alignment` says, else 32.
+    iterator is taken one tensor at a time, so that they need never be in memory together; since the header,
+    with all shapes, comes first in the file, their bytes wait on the disk beside it. alignment: in bytes;
+    None for what `general.alignment` says, else 32.
     Raises ModelFileError when the file would not be sound, TensorError for rows that are no whole blocks,
     DiskFull, and StoreError when it cannot be written.
     """
