@@ -28,7 +28,7 @@ from bench.certificate import certificate, close_certificate, model_file, save
 from bench.llama_quantize import MIXTURES, llama_quantize
 from bench.numbers import rounded
 from bench.peer import ROOT
-from bench.table import Rows, aligned, number
+from bench.table import aligned, quantize_rows
 from lichen.devices.probe import probe
 from lichen.errors import LichenError
 from lichen.quant.allocate import Option
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     path = save(record)
-    print(aligned(_rows(record), left=2))
+    print(aligned(quantize_rows(record), left=2))
     wins = {way: sum(row["wins"][way] for row in record["summary"]) for way in ("plain", "imatrix")}
     line = {"bench": "quantize", "result": path.name, "budgets": len(record["summary"]), "lower": wins}
     print(json.dumps(line))
@@ -141,6 +141,7 @@ class Run:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.seconds: dict[str, float] = {}
+        self.speeds: dict[Any, tuple[float, float]] = {}  # tokens a second, read and made
         options.work.mkdir(parents=True, exist_ok=True)
         self.model = model_file(options.model)
         self.reference = options.work / ("dithered.gguf" if options.dither else "reference.gguf")
@@ -171,9 +172,11 @@ class Run:
             "threads",
         )
         return {
-            "kind": "quantize",
+            "kind": "quantize_dithered" if self.options.dither else "quantize",
             "status": "ok",
             "birth": birth,
+            "servers": {},
+            "runs": [],
             "settings": {name: getattr(self.options, name) for name in names},
             "seconds": {name: rounded(value, 1) for name, value in self.seconds.items()},
             "reference": {
@@ -259,6 +262,7 @@ class Run:
                 if key == "reference":
                     expected.append(logits)
                 tally.add(logits, part[1:], None if key == "reference" else expected[index])
+            self.speeds[key] = scorer.speed(parts[0])
             scorer.close()
         return tallies
 
@@ -270,6 +274,7 @@ class Run:
         row: dict[str, Any] = {"budget": name}
         for way in ways:
             row[way] = {"bytes": files[name, way].stat().st_size, **scores[name, way].result()}
+            row[way]["prompt_tokens_s"], row[way]["tokens_s"] = self.speeds[name, way]
         row["lower"], row["wins"] = {}, {}
         for way in ("plain", "imatrix"):
             pairs = zip(scores[name, "lichen"].losses, scores[name, way].losses, strict=True)
@@ -307,29 +312,6 @@ def _check(
         "correlation_of_logs": float(np.corrcoef(logs.T)[0, 1]),
         "median_ratio": float(np.exp(np.median(logs[:, 1] - logs[:, 0]))),
     }
-
-
-def _rows(record: dict[str, Any]) -> Rows:
-    rows: Rows = [
-        ["bytes of", "made by", "MB", "bits", "perplexity", "KL", "same top", "lichen's loss − this, 10⁻³"]
-    ]
-    for row in record["summary"]:
-        for way, shown in (("plain", "llama.cpp"), ("imatrix", "llama.cpp, imatrix"), ("lichen", "lichen")):
-            cell = row[way]
-            change = row["lower"].get(way)
-            rows.append(
-                [
-                    row["budget"],
-                    shown,
-                    number(cell["bytes"] / 1e6, 2),
-                    number(8 * cell["bytes"] / (record["reference"]["weights"]), 2),
-                    number(cell["perplexity"], 3),
-                    number(cell["kl"], 4),
-                    f"{cell['same_top']:.1%}",
-                    "" if change is None else f"{1e3 * change['mean']:+.1f} ± {1e3 * change['error']:.1f}",
-                ]
-            )
-    return rows
 
 
 if __name__ == "__main__":
