@@ -225,7 +225,7 @@ class Run:
     ) -> tuple[dict[tuple[str, str], Path], dict[str, Any]]:
         """lichen's files for the same bytes, and how well single tensors were rated."""
         from lichen.models.load import build_model
-        from lichen.models.mixture import Mixer
+        from lichen.models.mixture import ROUNDS, Mixer
         from lichen.models.sensitivity import Measure
 
         tokens = self._tokens(calibration_text())
@@ -240,7 +240,9 @@ class Run:
         for name, peer in peers.items():
             path = self.options.work / f"lichen-{name}.gguf"
             budget = peer.stat().st_size
-            mixture = self._timed(f"choice {name}", partial(mixer.choose, budget, ratings))
+            mixture = self._timed(
+                f"choice {name}", partial(mixer.choose, budget, ratings, rounds=0 if files else ROUNDS)
+            )
             print(f"{name}: KL {mixture.predicted:.4g} -> {mixture.measured:.4g}", file=sys.stderr)
             ratings = mixture.ratings
             quantize_file(file, path, mixture.types, importance=importance)

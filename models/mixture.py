@@ -36,7 +36,7 @@ KINDS = (
     GGMLType.Q8_0, GGMLType.F16,
 )  # fmt: skip
 ANCHOR = GGMLType.Q4_0  # its blocks fit nearly every row, and its error is well above rounding
-SAMPLE = 1 << 18  # weights of a tensor whose quantization error is looked at
+SAMPLE = 1 << 16  # weights of a tensor whose quantization error is looked at
 ROUNDS = 2  # of correction
 FACTORS = (0.25, 4.0)  # a share is never corrected by more
 
@@ -69,12 +69,11 @@ class Mixer:
         *,
         kinds: Sequence[GGMLType] = KINDS,
         span: int = 1,
-        rounds: int = ROUNDS,
         ledger: Ledger | None = None,
         tell: Tell = lambda _what, _done, _of: None,
     ) -> None:
         self._file, self._measure, self._importance = file, measure, importance
-        self._span, self._rounds = span, rounds
+        self._span = span
         self._ledger, self._tell = ledger or Ledger(None, ""), tell
         usable = [kind for kind in kinds if importance is not None or kind not in ggml.NEEDS_IMPORTANCE]
         self._kinds = sorted(set(usable), key=bits)
@@ -93,8 +92,13 @@ class Mixer:
         self._tell("measuring tensors", len(groups), len(groups))
         return {name: found[name] for name in self._file.tensors if name in found}
 
-    def choose(self, budget: int, ratings: Mapping[str, Sequence[Option]]) -> Mixture:
-        """The best choice for a file of so many bytes. Raises ConfigError when that is too few."""
+    def choose(
+        self, budget: int, ratings: Mapping[str, Sequence[Option]], *, rounds: int = ROUNDS
+    ) -> Mixture:
+        """The best choice for a file of so many bytes. Raises ConfigError when that is too few.
+
+        rounds: of correction. The mixture's ratings are the corrected ones, good for other budgets too.
+        """
         fixed = {
             name: kept_type(tensor) for name, tensor in self._file.tensors.items() if name not in ratings
         }
@@ -108,20 +112,20 @@ class Mixer:
                 hint="Raise it, or allow smaller types with --types.",
             )
         best: tuple[float, float, dict[str, Option]] | None = None
-        for turn in range(self._rounds + 1):
-            self._tell("choosing types", turn, self._rounds + 1)
+        for turn in range(rounds + 1):
+            self._tell("choosing types", turn, rounds + 1)
             chosen = allocate(ratings, budget - spent)
             whole = self._kl(chosen)
             predicted = sum(option.cost for option in chosen.values())
             if best is None or whole < best[0]:
                 best = (whole, predicted, chosen)
-            if turn < self._rounds:
+            if turn < rounds:
                 corrected = self._corrected(ratings, chosen, whole)
                 if corrected is None:
                     break
                 ratings = corrected
         assert best is not None
-        self._tell("choosing types", self._rounds + 1, self._rounds + 1)
+        self._tell("choosing types", rounds + 1, rounds + 1)
         self._cache.clear()
         types = fixed | {name: option.type for name, option in best[2].items()}
         order = {name: types[name] for name in self._file.tensors}
