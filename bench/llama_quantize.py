@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import shutil
 import tempfile
 from pathlib import Path
@@ -22,6 +23,7 @@ def llama_quantize(
     source: Path, target: Path, mixture: str, importance: Importance | None, *, threads: int
 ) -> None:
     """Write `target` as one of MIXTURES, with or without an importance matrix. Raises BenchError."""
+    logging.getLogger("lichen.native").setLevel(logging.ERROR)  # it tells of every fallback of a type
     lib = native._library_with_log()
     params = lib.llama_model_quantize_default_params()
     params.nthread, params.ftype = threads, MIXTURES[mixture]

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -42,7 +41,6 @@ from lichen.quant.ledger import Ledger, digest
 from lichen.quant.quantize import quantize_file, read_rows
 from lichen.runtime.scoring import NativeScorer, stretches
 
-DATA = Path(os.environ.get("LICHEN_DATA", ROOT.parent / "shared" / "data"))
 WINDOW, MEASURED_WINDOW = 512, 128
 
 
@@ -58,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags.add_argument("--span", type=int, default=1)
     flags.add_argument("--threads", type=int, default=probe().physical_cores)
     flags.add_argument("--torch-threads", type=int, default=probe().physical_cores)
+    flags.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of texts")
     flags.add_argument("--work", type=Path, default=ROOT / ".build" / "quantize")
     options = flags.parse_args(arguments)
     try:
@@ -76,26 +75,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 # ---- texts ----------------------------------------------------------------------------------------
 
 
-def calibration_text() -> str:
+def calibration_text(data: Path) -> str:
     """The first 60 % of tinyshakespeare, questions of gsm8k's and banking77's training parts."""
-    plain = _shakespeare()
-    return plain[: len(plain) * 6 // 10] + "\n\n" + "\n\n".join(_questions("train", 1500))
+    plain = _shakespeare(data)
+    return plain[: len(plain) * 6 // 10] + "\n\n" + "\n\n".join(_questions(data, "train", 1500))
 
 
-def held_out_text() -> str:
+def held_out_text(data: Path) -> str:
     """The last 20 % of tinyshakespeare's beginning, and questions of the test parts, in equal parts."""
-    plain = _shakespeare()
-    return plain[len(plain) * 8 // 10 :] + "\n\n" + "\n\n".join(_questions("test", 660))
+    plain = _shakespeare(data)
+    return plain[len(plain) * 8 // 10 :] + "\n\n" + "\n\n".join(_questions(data, "test", 660))
 
 
-def _shakespeare() -> str:
-    return (DATA / "tinyshakespeare" / "input.txt").read_text(encoding="utf-8")
+def _shakespeare(data: Path) -> str:
+    return (data / "tinyshakespeare" / "input.txt").read_text(encoding="utf-8")
 
 
-def _questions(part: str, count: int) -> list[str]:
-    with (DATA / "gsm8k" / f"{part}.jsonl").open(encoding="utf-8") as file:
+def _questions(data: Path, part: str, count: int) -> list[str]:
+    with (data / "gsm8k" / f"{part}.jsonl").open(encoding="utf-8") as file:
         sums = [json.loads(line)["question"] for line in file][:count]
-    with (DATA / "banking77" / f"{part}.csv").open(encoding="utf-8") as file:
+    with (data / "banking77" / f"{part}.csv").open(encoding="utf-8") as file:
         asked = [row["text"] for row in csv.DictReader(file)]
     return sums + asked[:: max(1, len(asked) // count)][:count]
 
@@ -206,7 +205,7 @@ class Run:
         from lichen.models.calibrate import gather_importance
         from lichen.models.load import build_model
 
-        tokens = self._tokens(calibration_text())
+        tokens = self._tokens(calibration_text(self.options.data))
         windows = stretches(tokens, WINDOW, self.options.calibration_tokens // WINDOW)
         return gather_importance(build_model(file), windows, text="shakespeare, gsm8k, banking77")
 
@@ -228,7 +227,7 @@ class Run:
         from lichen.models.mixture import ROUNDS, Mixer
         from lichen.models.sensitivity import Measure
 
-        tokens = self._tokens(calibration_text())
+        tokens = self._tokens(calibration_text(self.options.data))
         parts = stretches(tokens, MEASURED_WINDOW, self.options.measure_tokens // MEASURED_WINDOW)
         facts = b"".join(importance[name].tobytes() for name in sorted(importance))
         ledger = Ledger(self.options.work, digest(self.reference.name, str(parts), facts))
@@ -251,7 +250,7 @@ class Run:
 
     def _scores(self, files: Mapping[tuple[str, str], Path]) -> dict[Any, Tally]:
         """Of the reference and every file, on the held-out text, by the engine."""
-        tokens = self._tokens(held_out_text())
+        tokens = self._tokens(held_out_text(self.options.data))
         parts = stretches(tokens, WINDOW, self.options.held_out_tokens // WINDOW)
         expected: list[Logits] = []
         tallies: dict[Any, Tally] = {}
