@@ -235,7 +235,7 @@ class Run:
         mixer = Mixer(file, measure, importance, span=self.options.span, ledger=ledger, tell=_tell)
         ratings: Mapping[str, Sequence[Option]] = self._timed("ratings", mixer.ratings)
         check = self._timed("check of the ratings", lambda: _check(file, measure, importance, ratings))
-        files = {}
+        files: dict[tuple[str, str], Path] = {}
         for name, peer in peers.items():
             path = self.options.work / f"lichen-{name}.gguf"
             budget = peer.stat().st_size
@@ -254,7 +254,8 @@ class Run:
         parts = stretches(tokens, WINDOW, self.options.held_out_tokens // WINDOW)
         expected: list[Logits] = []
         tallies: dict[Any, Tally] = {}
-        for key, path in {"reference": self.reference, **files}.items():
+        wanted: dict[Any, Path] = {"reference": self.reference, **files}
+        for key, path in wanted.items():
             print(f"  {key}", file=sys.stderr, flush=True)
             tally = tallies[key] = Tally()
             scorer = NativeScorer(path, window=WINDOW, threads=self.options.threads)
@@ -301,13 +302,13 @@ def _check(
     pairs = []
     for _ in range(16):
         name = names[source.integers(len(names))]
-        options = [option for option in ratings[name] if option.cost > 2e-6]  # above rounding
+        options = [option for option in ratings[name] if option.cost > 1e-6]  # above rounding
         if not options:
             continue
         option = options[source.integers(len(options))]
         found = measure.divergence({name: requantized(file.tensors[name], option.type, importance)})
         pairs.append({"tensor": name, "type": option.type.name, "rated": option.cost, "measured": found})
-    logs = np.log([[pair["rated"], max(pair["measured"], 1e-7)] for pair in pairs])
+    logs = np.log([[pair["rated"], max(pair["measured"], 1e-8)] for pair in pairs])
     return {
         "pairs": pairs,
         "correlation_of_logs": float(np.corrcoef(logs.T)[0, 1]),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -96,9 +97,8 @@ def quantize(
     from lichen.quant.gguf import open_gguf
     from lichen.quant.importance import save_importance as save
 
-    signal.signal(signal.SIGTERM, _interrupted)
     path = model_path(context, source)
-    with open_gguf(path) as file, Stages() as stages:
+    with _interruptible(), open_gguf(path) as file, Stages() as stages:
         request = _request(
             file, type, size, bits, types, calibration or [], importance, tokens, measure_tokens, span
         )
@@ -121,9 +121,18 @@ def quantize(
         _show(record, drawn)
 
 
-def _interrupted(_signal: int, _frame: FrameType | None) -> None:
-    """End as Ctrl-C does, so that what is half done is removed."""
-    raise KeyboardInterrupt
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM ends it as Ctrl-C does, so that what is half done is removed."""
+
+    def interrupt(_signal: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # ---- what is asked for ----------------------------------------------------------------------------

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from lichen.cli import app
 from lichen.cli.quantize import size_of
-from lichen.errors import ConfigError
+from lichen.errors import ConfigError, LichenError, RequestError
 from lichen.quant.gguf import open_gguf
-from tests.cli.test_commands import complaint, lichen
+from tests.cli.test_commands import LICHEN, lichen
 from tests.models.tiny_models import write_tiny
 
 
@@ -105,17 +109,40 @@ def test_errors_are_one_sentence_and_leave_nothing(
     folder: Path, tmp_path: Path, words: tuple[str, ...], sentence: str
 ) -> None:
     source, *options = (str(folder / word) if "." in word and "-" not in word else word for word in words)
-    done = lichen("quantize", source, str(tmp_path / "made.gguf"), *options, home=tmp_path / "home")
-    assert sentence in complaint(done)
+    with pytest.raises(LichenError) as caught:
+        command("quantize", source, str(tmp_path / "made.gguf"), *options, home=tmp_path / "home")
+    assert sentence in str(caught.value)
     assert not list(tmp_path.glob("*.gguf*")) and not list(tmp_path.glob(".*"))
 
 
-def test_eval_refuses_another_vocabulary_and_short_texts(folder: Path, tmp_path: Path) -> None:
+def command(*words: str, home: Path) -> None:
+    """The command in this process; `lichen.cli.main` makes a sentence and an exit code of what it raises."""
+    app(["--home", str(home), *words], standalone_mode=False, prog_name="lichen")
+
+
+def test_eval_refuses_short_texts(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("Hello.")
-    done = lichen(
-        "eval", str(folder / "tiny.gguf"), "--text", str(tmp_path / "short.txt"), home=tmp_path / "home"
-    )
-    assert "fewer than one stretch of 512" in complaint(done)
+    words = ("eval", str(folder / "tiny.gguf"), "--text")
+    with pytest.raises(RequestError, match="fewer than one stretch of 512"):
+        command(*words, str(tmp_path / "short.txt"), home=tmp_path / "home")
+
+
+def test_an_interruption_leaves_nothing(folder: Path, tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [
+            *(*LICHEN, "quantize", str(folder / "tiny.gguf"), str(tmp_path / "made.gguf"), "--size", "100KB"),
+            *("--calibration", str(folder / "text.txt"), "--tokens", "1024"),
+        ],
+        env={**os.environ, "LICHEN_HOME": str(tmp_path / "home")},
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as running:
+        assert running.stderr is not None
+        assert running.stderr.readline().startswith("importance")
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(20) == 130
+        assert "Traceback" not in running.stderr.read()
+    assert not list(tmp_path.glob("made*")) and not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize(

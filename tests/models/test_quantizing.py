@@ -15,7 +15,7 @@ from lichen.models.decoder import Decoder
 from lichen.models.load import build_model, load_model
 from lichen.models.mixture import Mixer, quantization_error
 from lichen.models.packing import pack
-from lichen.models.sensitivity import Measure
+from lichen.models.sensitivity import Measure, divergence
 from lichen.quant.allocate import Option
 from lichen.quant.choice import plan_for
 from lichen.quant.formats import GGMLType
@@ -66,7 +66,7 @@ def test_a_measurement_leaves_the_model_as_it_was(file: GGUFFile) -> None:
     with torch.no_grad():
         before = model(packed)
     measure = Measure(model, WINDOWS)
-    assert measure.divergence({}) < 2e-6
+    assert measure.divergence({}) < 1e-9
     changed = {name: requantized(file.tensors[name], GGMLType.Q4_0) for name in measure.measurable()}
     assert measure.divergence(changed) > 1e-3
     with pytest.raises(RequestError, match="No layer multiplies with output_norm"):
@@ -90,6 +90,17 @@ def test_importance_is_the_mean_square_of_inputs(tmp_path: Path, family: str) ->
     assert found["output.weight"][0] == pytest.approx(last.numpy(), rel=1e-4)
     assert "token_embd.weight" not in found  # looked up, never multiplied with
     assert len(found) == 2 * 7 + 1
+
+
+def test_a_small_divergence_over_a_large_vocabulary_is_not_lost_in_rounding() -> None:
+    source = torch.Generator().manual_seed(1)
+    logits = torch.randn(64, 50000, generator=source) * 3 + 12
+    changed = logits + torch.randn(64, 50000, generator=source) * 1e-3
+    p, q = (one.double().log_softmax(-1) for one in (logits, changed))
+    expected = float((p.exp() * (p - q)).sum())
+    assert expected / 64 < 1e-6
+    assert divergence(logits.log_softmax(-1), changed) == pytest.approx(expected, rel=0.2)
+    assert abs(divergence(logits.log_softmax(-1), logits)) < 1e-8
 
 
 def test_no_text_is_an_error(file: GGUFFile) -> None:

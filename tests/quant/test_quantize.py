@@ -153,7 +153,7 @@ def test_a_disk_that_is_too_small_is_seen_before_anything_is_written(
     source: GGUFFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(DiskFull) as caught:
         quantize(source, tmp_path / "made.gguf", GGMLType.Q8_0)
     assert caught.value.free == 1000 and caught.value.needed > 100_000
