@@ -85,8 +85,8 @@ def _parts(hidden: Tensor) -> Iterator[Tensor]:
 def divergence(logs: Tensor, logits: Tensor) -> float:
     """Sum over positions of the KL from log-probabilities to logits, both float32 [positions, vocabulary].
 
-    Differences are taken before they are summed: a sum of p log q alone, over 49,152 tokens in float32, is off
-    by 1e-3, more than a whole tensor costs.
+    Differences are taken before they are summed: a sum of p log q alone, over 49,152 tokens in float32, is
+    off by 1e-3, more than most tensors cost.
     """
     return float(functional.kl_div(logits.log_softmax(-1), logs, reduction="sum", log_target=True))
 
