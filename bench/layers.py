@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -35,8 +36,8 @@ def main() -> None:
     print("shape".ljust(14), "dense".rjust(8), *(f"{tile >> 10}k".rjust(8) for tile in TILES))
     for rows, columns in SHAPES:
         layer = QuantLinear(stored(rows, columns))
-        variants: list[Callable[[], None]] = [lambda layer=layer.dense().requires_grad_(False): step(layer)]
-        variants += [lambda layer=layer, tile=tile: step(layer, tile) for tile in TILES]
+        variants: list[Callable[[], None]] = [partial(step, layer.dense().requires_grad_(False))]
+        variants += [partial(step, layer, tile) for tile in TILES]
         best = [float("inf")] * len(variants)
         for _ in range(rounds + 1):
             for index, variant in enumerate(variants):
@@ -54,14 +55,14 @@ def stored(rows: int, columns: int) -> GGUFTensor:
     return GGUFTensor("w", GGMLType.Q4_1, (rows, columns), data)
 
 
-def step(layer: nn.Module, tile: int | None = None) -> None:
+def step(layer: QuantLinear | nn.Linear, tile: int | None = None) -> None:
     """One forward and backward pass; tile: what `linear.TILE` is meanwhile."""
     kept = linear.TILE
     linear.TILE = tile or kept
     try:
-        x = torch.randn(TOKENS, layer.in_features, requires_grad=True)  # type: ignore[arg-type]
+        x = torch.randn(TOKENS, layer.in_features, requires_grad=True)
         y = layer(x)
-        y.backward(torch.ones_like(y))
+        torch.autograd.backward(y, torch.ones_like(y))
     finally:
         linear.TILE = kept
 

@@ -77,7 +77,7 @@ class AttentionPlan:
         for first, count, length in self.packed.spans():
             part = slice(first, first + count * length)
             # [sequences, heads, tokens, width]
-            q, k, v = (x[part].unflatten(0, (count, length)).transpose(1, 2) for x in (query, keys, values))
+            q, k, v = (_sequences(x[part], count) for x in (query, keys, values))
             pieces.append(self._attention(q, k, v, scale, window).transpose(1, 2).flatten(0, 1))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
@@ -114,14 +114,19 @@ class AttentionPlan:
 
         None where the plain causal rule (or, for one query, all) says the same.
         """
-        narrow = window is not None and window < length
-        if not narrow and queries in (1, length):
+        narrow = window if window is not None and window < length else None
+        if narrow is None and queries in (1, length):
             return None
-        key = (queries, length, window if narrow else None)
+        key = (queries, length, narrow)
         if key not in self._masks:
             behind = torch.arange(length - queries, length).unsqueeze(1) - torch.arange(length)
             mask = behind >= 0
-            if narrow:
-                mask &= behind < window
+            if narrow is not None:
+                mask &= behind < narrow
             self._masks[key] = mask.to(device)
         return self._masks[key]
+
+
+def _sequences(x: Tensor, count: int) -> Tensor:
+    """[sequences x tokens, heads, width] to [sequences, heads, tokens, width]."""
+    return x.view(count, -1, *x.shape[1:]).transpose(1, 2)

@@ -49,9 +49,10 @@ def _tensors(model: Decoder, choose: Choose) -> Iterator[tuple[str, GGMLType, tu
             continue
         values = touched if touched is not None else _dequantized(tensor)
         yield tensor.name, kind, tensor.shape, _quantized(values, kind, tensor.name)
-    if "output.weight" not in model.file.tensors and isinstance(model.output, nn.Linear):
+    output: nn.Module = model.get_submodule("output")  # whatever stands there now
+    if "output.weight" not in model.file.tensors and isinstance(output, nn.Linear):
         kind = choose("output.weight", model.file.tensors["token_embd.weight"].type)
-        weight = model.output.weight.detach()
+        weight = output.weight.detach()
         yield "output.weight", kind, tuple(weight.shape), _quantized(weight, kind, "output.weight")
 
 

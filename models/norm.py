@@ -16,7 +16,8 @@ class _Normalize(torch.autograd.Function):
         numbers = x.float()
         scale = torch.linalg.vecdot(numbers, numbers).div_(x.shape[-1]).add_(epsilon).rsqrt_().unsqueeze(-1)
         ctx.save_for_backward(x, weight, scale)
-        return (numbers * scale).mul_(weight).to(x.dtype)
+        normal: Tensor = (numbers * scale).mul_(weight)
+        return normal.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, Tensor | None, None]:

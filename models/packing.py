@@ -45,7 +45,7 @@ class Packed:
 
     def split(self, values: Tensor) -> tuple[Tensor, ...]:
         """values [tokens, ...] by sequence."""
-        return values.split(list(self.lengths))
+        return torch.split(values, list(self.lengths))
 
 
 def pack(sequences: Sequence[Sequence[int]], device: torch.device | None = None) -> Packed:

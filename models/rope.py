@@ -12,7 +12,7 @@ from the tensor rope_freqs (Llama 3). LongRoPE is refused: it has two sets of fa
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -108,11 +108,11 @@ class _Turn(torch.autograd.Function):
 
 
 def _turned(x: Tensor, table: RopeTable, turns: Tensor) -> Tensor:
-    numbers = x.float()
+    numbers = x.float().contiguous()
     out = torch.empty_like(numbers)
     if table.pairs is Pairs.INTERLEAVED:
-        pairs = torch.view_as_complex(numbers.unflatten(-1, (-1, 2)))
-        torch.mul(pairs, turns, out=torch.view_as_complex(out.unflatten(-1, (-1, 2))))
+        pairs = torch.view_as_complex(numbers.view(*x.shape[:-1], -1, 2))
+        torch.mul(pairs, turns, out=torch.view_as_complex(out.view(*x.shape[:-1], -1, 2)))
     else:
         half = x.shape[-1] // 2
         real, imaginary = numbers[..., :half], numbers[..., half:]
@@ -126,7 +126,7 @@ def read_rope(metadata: Metadata, head_width: int, pairs: Pairs) -> Rope:
     dims = metadata.integer("rope.dimension_count", head_width)
     if dims != head_width or dims % 2:
         raise metadata.fault(
-            f"{dims} of {head_width} numbers of a head turn, but in this family it must be all of them, in pairs"
+            f"{dims} of {head_width} numbers of a head turn, but in this family all of them must"
         )
     # the older of llama.cpp's two keys for a linear factor; a factor of 0 means none, as there
     old = metadata.number("rope.scale_linear", 1.0, zero=True)
@@ -136,27 +136,30 @@ def read_rope(metadata: Metadata, head_width: int, pairs: Pairs) -> Rope:
     context = metadata.integer(
         "rope.scaling.original_context_length", metadata.integer("context_length", 1 << 12), limit=1 << 31
     )
-    rope = {"pairs": pairs, "dims": dims, "base": metadata.number("rope.freq_base", 10000.0)}
-    if kind == "none" or factor == 1.0:
-        kind, factor = ("none", 1.0) if kind in ("none", "linear", "yarn") else (kind, factor)
-    if kind in ("none", "linear"):
-        return Rope(**rope, factor=factor, magnitude=magnitude)  # type: ignore[arg-type]
+    rope = Rope(
+        pairs=pairs,
+        dims=dims,
+        base=metadata.number("rope.freq_base", 10000.0),
+        factor=1.0 if kind == "none" else factor,
+        magnitude=magnitude,
+    )
+    if kind in ("none", "linear") or (kind == "yarn" and factor == 1):
+        return rope
     if kind == "yarn":
-        yarn = Yarn(
-            original_context=context,
-            fast=metadata.number("rope.scaling.yarn_beta_fast", 32.0),
-            slow=metadata.number("rope.scaling.yarn_beta_slow", 1.0),
-        )
-        metadata.refuse("rope.scaling.yarn_log_multiplier", "it is DeepSeek's variant of YaRN", unless=(0.0,))
-        metadata.refuse(
-            "rope.scaling.yarn_ext_factor", "only the paper's mix is implemented", unless=(1.0, -1.0)
-        )
-        metadata.refuse(
-            "rope.scaling.yarn_attn_factor", "only the paper's factor is implemented", unless=(1.0,)
-        )
-        # the paper's temperature of the attention, applied to queries and keys alike
-        return Rope(**rope, factor=factor, yarn=yarn, magnitude=magnitude * (1 + 0.1 * math.log(factor)))  # type: ignore[arg-type]
+        # the paper's temperature of the attention, shared out to queries and keys
+        warmer = magnitude * (1 + 0.1 * math.log(factor))
+        return replace(rope, yarn=_read_yarn(metadata, context), magnitude=warmer)
     raise metadata.fault(
-        f"its rope scaling {kind!r} is not implemented (only none, linear, yarn and the tensor rope_freqs are), "
+        f"its rope scaling {kind!r} is not one of none, linear and yarn, "
         "and without it longer texts would be misread"
+    )
+
+
+def _read_yarn(metadata: Metadata, context: int) -> Yarn:
+    for key, usual in (("log_multiplier", (0.0,)), ("ext_factor", (1.0, -1.0)), ("attn_factor", (1.0,))):
+        metadata.refuse(f"rope.scaling.yarn_{key}", "lichen has the paper's YaRN only", unless=usual)
+    return Yarn(
+        original_context=context,
+        fast=metadata.number("rope.scaling.yarn_beta_fast", 32.0),
+        slow=metadata.number("rope.scaling.yarn_beta_slow", 1.0),
     )

@@ -56,7 +56,7 @@ class Distance:
 def distance(ours: Tensor, reference: Tensor) -> Distance:
     """KL(reference || ours), computed in float64 a part at a time."""
     kl = []
-    for ours_part, reference_part in zip(ours.split(64), reference.split(64), strict=True):
+    for ours_part, reference_part in zip(torch.split(ours, 64), torch.split(reference, 64), strict=True):
         log_p = reference_part.double().log_softmax(-1)
         kl.append((log_p.exp() * (log_p - ours_part.double().log_softmax(-1))).sum(-1))
     values = torch.cat(kl)

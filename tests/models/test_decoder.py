@@ -19,6 +19,7 @@ from lichen.models.norm import RMSNorm
 from lichen.models.packing import Packed, pack
 from lichen.models.rope import Pairs, Rope
 from lichen.quant.formats import GGMLType
+from lichen.quant.linear import QuantLinear
 from tests.models.test_families import text
 from tests.models.tiny_models import FAMILIES, VOCABULARY, write_tiny
 
@@ -59,7 +60,7 @@ def test_cache_equals_full(model: Decoder) -> None:
 @torch.no_grad()
 def test_cache_goes_back(model: Decoder) -> None:
     sequence, cache = text(40), KVCache(1)
-    model(pack([sequence[:35] + [5, 6]]), cache=cache)
+    model(pack([[*sequence[:35], 5, 6]]), cache=cache)
     cache.truncate(0, 35)
     assert close(model(pack([sequence[35:]]), cache=cache), model(pack([sequence]))[35:])
 
@@ -96,14 +97,15 @@ def test_gradients_equal_a_dense_model(model: Decoder) -> None:
             norm.weight.requires_grad_()
             norm.weight.grad = None
         hidden = model.embed(packed).requires_grad_()
-        functional.cross_entropy(model.logits(model.run(hidden, packed)), targets).backward()
+        logits = model.logits(model.run(hidden, packed))
+        torch.autograd.backward(functional.cross_entropy(logits, targets))
         found = [hidden.grad, *(parameter.grad for parameter in model.parameters())]
         return [gradient for gradient in found if gradient is not None]
 
     quantized = gradients()
     for block in model.blocks:
         for name, module in list(block.named_children()):
-            if hasattr(module, "dense"):
+            if isinstance(module, QuantLinear):
                 setattr(block, name, module.dense().requires_grad_(False))
     dense = gradients()
     assert len(quantized) == len(dense) > 5
@@ -118,8 +120,9 @@ def test_cross_entropy_in_parts(model: Decoder, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(losses, "LOGIT_BYTES", 4 * VOCABULARY * 2)  # two positions a part
     hidden = model.run(model.embed(packed), packed).requires_grad_()
     model.output_norm.weight.requires_grad_()
-    model.output = model.output.dense()
-    trained = [hidden, model.output_norm.weight, model.output.weight]
+    output = model.output.dense()
+    model.register_module("output", output)
+    trained = [hidden, model.output_norm.weight, output.weight]
     found = losses.cross_entropy(model, hidden, positions, targets, weights) / 3
     plain = functional.cross_entropy(model.logits(hidden, positions), targets, reduction="none") @ weights / 3
     assert torch.allclose(found, plain, rtol=1e-5)

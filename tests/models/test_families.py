@@ -1,4 +1,4 @@
-"""Every family computes what llama.cpp computes: logits compared, over random models with every part in use."""
+"""Every family computes what llama.cpp computes: logits compared, over random models."""
 
 from __future__ import annotations
 

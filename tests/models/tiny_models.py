@@ -75,7 +75,8 @@ def arrays(family: str, layers: int, seed: int = 0, *, tied: bool = False) -> Ar
     queries, keys = HEADS * head_width(family), KV_HEADS * head_width(family)
 
     def matrix(rows: int, columns: int) -> npt.NDArray[np.float32]:
-        return (source.standard_normal((rows, columns)) * 1.5 / columns**0.5).astype(np.float32)
+        numbers: npt.NDArray[np.float64] = source.standard_normal((rows, columns)) * 1.5 / columns**0.5
+        return numbers.astype(np.float32)
 
     def vector(width: int, middle: float = 1.0) -> npt.NDArray[np.float32]:
         return (middle + 0.3 * source.standard_normal(width)).astype(np.float32)

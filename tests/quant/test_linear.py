@@ -60,11 +60,11 @@ def test_every_type_equals_a_dense_layer(kind: GGMLType, tile: int) -> None:
     x = torch.randn(2, 3, COLUMNS, generator=torch.Generator().manual_seed(1), requires_grad=True)
     y = torch.randn(2, 3, 40, generator=torch.Generator().manual_seed(2))
     out = layer(x)
-    out.backward(y)
+    torch.autograd.backward(out, y)
     assert x.grad is not None
     expected_x = x.detach().requires_grad_()
     expected = nn.functional.linear(expected_x, weight, bias)
-    expected.backward(y)
+    torch.autograd.backward(expected, y)
     assert expected_x.grad is not None
     assert relative(out, expected) < 1e-5
     assert relative(x.grad, expected_x.grad) < 1e-4
@@ -78,7 +78,7 @@ def test_some_rows(tile: int) -> None:
     layer = QuantLinear(tensor, bias)
     out = layer(x, rows)
     assert torch.allclose(out, layer(x)[:, rows], rtol=1e-5, atol=1e-5)
-    out.sum().backward()
+    torch.autograd.backward(out.sum())
     assert x.grad is not None
     assert relative(x.grad, dense(tensor)[rows].sum(0).expand(5, -1)) < 1e-4
 
@@ -90,7 +90,7 @@ def test_the_input_decides_the_dtype(dtype: torch.dtype, tile: int) -> None:
     out = QuantLinear(tensor)(x)
     assert out.dtype == dtype
     assert relative(out.float(), x.detach().float() @ dense(tensor).to(dtype).float().T) < 2e-2
-    out.sum().backward()
+    torch.autograd.backward(out.sum())
     assert x.grad is not None and x.grad.dtype == dtype
 
 
@@ -99,7 +99,7 @@ def test_autocast_is_not_followed() -> None:
     plain = layer(x)
     with torch.autocast("cpu", torch.bfloat16):
         out = layer(x)
-        out.sum().backward()
+        torch.autograd.backward(out.sum())
     assert out.dtype == torch.float32
     assert torch.equal(out, plain)
 
@@ -124,7 +124,7 @@ def test_a_dense_copy_trains() -> None:
     quantized = QuantLinear(stored(GGMLType.Q8_0), torch.ones(40))
     layer, x = quantized.dense(), torch.randn(4, COLUMNS)
     assert torch.allclose(layer(x), quantized(x), atol=1e-4)
-    layer(x).sum().backward()
+    torch.autograd.backward(layer(x).sum())
     assert layer.weight.grad is not None
 
 
@@ -152,7 +152,7 @@ def test_rows_outside_are_refused(token: int) -> None:
 
 def test_wrong_inputs_are_refused() -> None:
     layer = QuantLinear(stored(GGMLType.Q4_0))
-    with pytest.raises(TensorError, match="not torch.float64"):
+    with pytest.raises(TensorError, match=r"not torch\.float64"):
         layer(torch.randn(2, COLUMNS, dtype=torch.float64))
     with pytest.raises(TensorError, match=f"takes {COLUMNS} features, but the input has 3"):
         layer(torch.randn(2, 3))
@@ -165,7 +165,7 @@ def test_wrong_inputs_are_refused() -> None:
 def test_what_is_no_matrix_of_floats_is_refused() -> None:
     vector = GGUFTensor("v", GGMLType.F32, (8,), np.zeros((1, 32), np.uint8))
     whole = GGUFTensor("w", GGMLType.I32, (2, 8), np.zeros((2, 32), np.uint8))
-    with pytest.raises(TensorError, match="two dimensions"):
+    with pytest.raises(TensorError, match="needs a matrix"):
         QuantLinear(vector)
     with pytest.raises(TensorError, match="I32, which cannot be dequantized"):
         QuantEmbedding(whole)
