@@ -74,10 +74,7 @@ def quantize_file(
     Raises ConfigError when the target is the source, DiskFull before anything is written, TensorError and
     ModelFileError that name the tensor (numbers that do not fit, damaged rows), and what `write_gguf` does.
     """
-    if any(target.exists() and part.samefile(target) for part in source.parts):
-        raise ConfigError(f"{target} is the source itself.", hint="Give the new file another name.")
-    if not target.parent.is_dir():
-        raise ConfigError(f"There is no folder {target.parent}.", hint="Make it first.")
+    check_target(source, target)
     total = planned_bytes(source, types)
     needed, free = total + header_bytes(source) + HEADER_ROOM, shutil.disk_usage(target.parent).free
     if needed > free:
@@ -97,6 +94,16 @@ def quantize_file(
             for tensor in source.tensors.values()
         ],
     )
+
+
+def check_target(source: GGUFFile, target: Path) -> None:
+    """Raises ConfigError when a file cannot be made there: no folder, or the source itself."""
+    if any(target.exists() and part.samefile(target) for part in source.parts):
+        raise ConfigError(f"{target} is the source itself.", hint="Give the new file another name.")
+    if not target.parent.is_dir():
+        raise ConfigError(f"There is no folder {target.parent}.", hint="Make it first.")
+    if target.is_dir():
+        raise ConfigError(f"{target} is a folder.", hint="Give the name of the file to write.")
 
 
 class _Work:

@@ -3,55 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lichen.cli.choosing import MEASURED_WINDOW, WINDOW, Chosen, Request, choose, sha256_of
 from lichen.cli.settings import config_of, megabytes, table
 from lichen.cli.texts import Stages, model_path, read_texts, tokens_of
-from lichen.errors import ConfigError, ModelFileError
+from lichen.errors import ConfigError
 
 if TYPE_CHECKING:
-    from lichen.quant.formats import GGMLType
     from lichen.quant.gguf import GGUFFile
-    from lichen.quant.importance import Importance
     from lichen.quant.quantize import QuantizeProgress
-
-WINDOW = 512  # tokens of one stretch of calibration text
-MEASURED_WINDOW = 128  # of one stretch that sensitivities are measured on
 
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
     app.command()(quantize)
-
-
-class Request(NamedTuple):
-    """What the options ask for, checked. budget: bytes of the whole file."""
-
-    kind: GGMLType | None
-    budget: int | None
-    kinds: Sequence[GGMLType] | None
-    calibration: Sequence[Path]
-    importance: Path | None
-    tokens: int
-    measured_tokens: int
-    span: int
-
-
-class Chosen(NamedTuple):
-    """What each tensor becomes, and how that came about."""
-
-    types: Mapping[str, GGMLType]
-    importance: Importance | None
-    notes: list[str]
-    measured: dict[str, float]
 
 
 def quantize(
@@ -96,13 +69,15 @@ def quantize(
     from lichen.cli.bits_picture import bars, draw
     from lichen.quant.gguf import open_gguf
     from lichen.quant.importance import save_importance as save
+    from lichen.quant.quantize import check_target
 
     path = model_path(context, source)
     with _interruptible(), open_gguf(path) as file, Stages() as stages:
         request = _request(
             file, type, size, bits, types, calibration or [], importance, tokens, measure_tokens, span
         )
-        folder = config_of(context).home / "sensitivity"
+        check_target(file, target)  # before minutes of measuring
+        folder = config_of(context).home / "measurements"
         chosen = choose(path, file, request, folder, stages)
         if save_importance is not None:
             if chosen.importance is None:
@@ -193,120 +168,6 @@ def _weights(shape: Sequence[int]) -> int:
     for length in shape:
         count *= length
     return count
-
-
-# ---- choosing -------------------------------------------------------------------------------------
-
-
-def choose(path: Path, file: GGUFFile, request: Request, folder: Path, stages: Stages) -> Chosen:
-    """The type of every tensor. folder: where measurements are kept, so that a second run goes on."""
-    from lichen.quant.importance import load_importance
-
-    notes: list[str] = []
-    given = load_importance(request.importance) if request.importance is not None else None
-    if not request.calibration:
-        assert request.kind is not None
-        return _plain(file, request.kind, given, notes)
-    text = read_texts(request.calibration)
-    tokens = tokens_of(path, text)
-    try:
-        measured = _with_torch(path, file, request, tokens, given, folder, stages)
-    except (ModelFileError, ImportError) as error:
-        why = "torch is not installed" if isinstance(error, ImportError) else error.message.rstrip(".")
-        notes.append(f"Quantized without measuring: {why}.")
-        kind = request.kind or _largest_within(file, request)
-        return _plain(file, kind, given, notes)
-    if request.kind is not None:
-        return _plain(file, request.kind, measured.importance, notes)
-    return measured
-
-
-def _plain(file: GGUFFile, kind: GGMLType, importance: Importance | None, notes: list[str]) -> Chosen:
-    from lichen.quant.choice import plan_for
-
-    plan = plan_for(file.tensors.values(), kind)
-    if plan.stand_ins:
-        others = sorted({plan.types[name].name for name in plan.stand_ins})
-        notes.append(
-            f"{len(plan.stand_ins)} tensors have rows that are no multiple of {kind.name}'s block "
-            f"and became {', '.join(others)}, such as {next(iter(plan.stand_ins))}."
-        )
-    return Chosen(plan.types, importance, notes, {})
-
-
-def _largest_within(file: GGUFFile, request: Request) -> GGMLType:
-    """The one type with most bits that keeps within the budget. Raises ConfigError when none does."""
-    from lichen.quant import ggml
-    from lichen.quant.choice import FILE_TYPES, bits, plan_for
-    from lichen.quant.quantize import header_bytes, planned_bytes
-
-    assert request.budget is not None
-    room = request.budget - header_bytes(file)
-    sizes = {
-        kind: planned_bytes(file, plan_for(file.tensors.values(), kind).types)
-        for kind in request.kinds or FILE_TYPES
-        if kind not in ggml.NEEDS_IMPORTANCE
-    }
-    within = [kind for kind, size in sizes.items() if size <= room]
-    if not within:
-        raise ConfigError(
-            f"A budget of {request.budget:,} bytes is too small: the smallest possible is "
-            f"{min(sizes.values()) + header_bytes(file):,}."
-        )
-    return max(within, key=bits)
-
-
-def _with_torch(
-    path: Path,
-    file: GGUFFile,
-    request: Request,
-    tokens: Sequence[int],
-    given: Importance | None,
-    folder: Path,
-    stages: Stages,
-) -> Chosen:
-    """By a forward pass over the text. Raises ModelFileError for a family that lichen cannot run."""
-    from lichen.models.calibrate import gather_importance
-    from lichen.models.load import build_model
-    from lichen.models.mixture import KINDS, Mixer
-    from lichen.models.sensitivity import Measure
-    from lichen.quant.ledger import Ledger, digest
-    from lichen.runtime.scoring import stretches
-
-    model = build_model(file)
-    window = min(WINDOW, len(tokens))
-    importance = given or gather_importance(
-        model,
-        stretches(tokens, window, max(1, request.tokens // window)),
-        progress=lambda done, of: stages("importance", done, of, "tokens"),
-        text=", ".join(text.name for text in request.calibration),
-    )
-    if request.budget is None:
-        return Chosen({}, importance, [], {})
-    short = min(MEASURED_WINDOW, len(tokens))
-    parts = stretches(tokens, short, max(1, request.measured_tokens // short))
-    facts = b"".join(importance[name].tobytes() for name in sorted(importance))
-    ledger = Ledger(folder, digest(sha256_of(path), str(parts), facts))
-    stages("reference", 0, 1)
-    measure = Measure(model, parts)
-    mixer = Mixer(
-        file,
-        measure,
-        importance,
-        kinds=request.kinds or KINDS,
-        span=request.span,
-        ledger=ledger,
-        tell=stages,
-    )
-    mixture = mixer.choose(request.budget, mixer.ratings())
-    numbers = {"kl_predicted": mixture.predicted, "kl_measured": mixture.measured}
-    return Chosen(mixture.types, importance, [], numbers)
-
-
-def sha256_of(path: Path) -> str:
-    """Of a file's bytes."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 # ---- writing and telling --------------------------------------------------------------------------

@@ -101,6 +101,7 @@ def test_a_family_that_torch_cannot_run_is_quantized_without_measuring(tmp_path:
         (("tiny.gguf", "--type", "q8_0", "--calibration", "nothing.txt"), "cannot be read"),
         (("tiny.gguf", "--type", "q8_0", "--importance", "text.txt"), "does not begin with GGUF"),
         (("nothing.gguf", "--type", "q8_0"), "There is no file"),
+        (("tiny.gguf", "--type", "q8_0", "--save-importance", "text.txt"), "no importance matrix to save"),
         (("nothing", "--type", "q8_0"), "The model 'nothing' is not here"),
         (("broken.gguf", "--type", "q8_0"), "it is cut off"),
     ],
