@@ -22,6 +22,33 @@ if TYPE_CHECKING:
     from lichen.quant.quantize import QuantizeProgress
 
 
+# options, by what they ask for
+OneType = Annotated[str | None, typer.Option("--type", help="One type for all matrices, such as q4_k.")]
+Size = Annotated[
+    str | None, typer.Option(help="Budget for the file, such as 90MB: types are chosen by measurement.")
+]
+Calibration = Annotated[
+    list[Path] | None, typer.Option(metavar="FILE", help="Text to calibrate with; may be repeated.")
+]
+ImportanceFile = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Importance matrix in GGUF, as of llama-imatrix.")
+]
+SavedImportance = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Keep the importance matrix that is gathered.")
+]
+Types = Annotated[str | None, typer.Option(help="Types that a budget may choose from, separated by commas.")]
+Span = Annotated[
+    int, typer.Option(min=1, help="Layers that share a measurement: more is faster and coarser.")
+]
+MeasuredTokens = Annotated[int, typer.Option(min=64, help="Tokens that sensitivities are measured on.")]
+HeldOut = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Text to compare the result with the source on.")
+]
+Picture = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Picture of bits by layer (.svg or .png).")
+]
+
+
 def register(app: typer.Typer) -> None:
     """Add the command."""
     app.command()(quantize)
@@ -31,38 +58,18 @@ def quantize(
     context: typer.Context,
     source: Annotated[str, typer.Argument(help="GGUF file, or a model in the store.")],
     target: Annotated[Path, typer.Argument(help="File to write.")],
-    type: Annotated[
-        str | None, typer.Option("--type", help="One type for all matrices, such as q4_k.")
-    ] = None,
-    size: Annotated[
-        str | None, typer.Option(help="Budget for the file, such as 90MB: types are chosen by measurement.")
-    ] = None,
+    type: OneType = None,
+    size: Size = None,
     bits: Annotated[float | None, typer.Option(help="The same budget, in bits a weight.")] = None,
-    calibration: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="Text to calibrate with; may be repeated.")
-    ] = None,
-    importance: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Importance matrix in GGUF, as of llama-imatrix.")
-    ] = None,
-    save_importance: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Keep the importance matrix that is gathered.")
-    ] = None,
-    types: Annotated[
-        str | None, typer.Option(help="Types that a budget may choose from, separated by commas.")
-    ] = None,
+    calibration: Calibration = None,
+    importance: ImportanceFile = None,
+    save_importance: SavedImportance = None,
+    types: Types = None,
     tokens: Annotated[int, typer.Option(min=512, help="Tokens of calibration text.")] = 64 * WINDOW,
-    span: Annotated[
-        int, typer.Option(min=1, help="Layers that share a measurement: more is faster and coarser.")
-    ] = 1,
-    measure_tokens: Annotated[
-        int, typer.Option(min=64, help="Tokens that sensitivities are measured on.")
-    ] = 4 * MEASURED_WINDOW,
-    evaluate: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Text to compare the result with the source on.")
-    ] = None,
-    picture: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Picture of bits by layer (.svg or .png).")
-    ] = None,
+    span: Span = 1,
+    measure_tokens: MeasuredTokens = 4 * MEASURED_WINDOW,
+    evaluate: HeldOut = None,
+    picture: Picture = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Store a model in fewer bytes: as one type, or under a budget with a measured type for each tensor."""
