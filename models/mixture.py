@@ -99,18 +99,12 @@ class Mixer:
 
         rounds: of correction. The mixture's ratings are the corrected ones, good for other budgets too.
         """
+        check_budget(self._file, self._kinds, budget)
         fixed = {
             name: kept_type(tensor) for name, tensor in self._file.tensors.items() if name not in ratings
         }
         spent = header_bytes(self._file) + HEADER_ROOM
         spent += sum(_padded(stored_bytes(self._file.tensors[name], kind)) for name, kind in fixed.items())
-        least = spent + sum(min(option.bytes for option in options) for options in ratings.values())
-        if budget < least:
-            raise ConfigError(
-                f"A budget of {budget:,} bytes is too small: the smallest possible with these types "
-                f"is {least:,}.",
-                hint="Raise it, or allow smaller types with --types.",
-            )
         best: tuple[float, float, dict[str, Option]] | None = None
         for turn in range(rounds + 1):
             self._tell("choosing types", turn, rounds + 1)
@@ -141,7 +135,7 @@ class Mixer:
         return {
             tensor.name: [
                 Option(kind, _padded(stored_bytes(tensor, kind)), scale * self._error(tensor, kind))
-                for kind in [kind for kind in self._kinds if fits(tensor, kind)] or [GGMLType.F16]
+                for kind in _fitting(tensor, self._kinds)
             ]
             for tensor in group
         }
@@ -206,6 +200,24 @@ class Mixer:
             name: [replace(option, cost=option.cost * factors[_part(name)]) for option in options]
             for name, options in ratings.items()
         }
+
+
+def check_budget(file: GGUFFile, kinds: Sequence[GGMLType], budget: int) -> None:
+    """Raises ConfigError that says the smallest possible file when a budget, in bytes, is below it."""
+    least = header_bytes(file) + HEADER_ROOM
+    for tensor in file.tensors.values():
+        choices = _fitting(tensor, kinds) if is_matrix(tensor) else [kept_type(tensor)]
+        least += min(_padded(stored_bytes(tensor, kind)) for kind in choices)
+    if budget < least:
+        raise ConfigError(
+            f"A budget of {budget:,} bytes is too small: the smallest possible with these types "
+            f"is {least:,}.",
+            hint="Raise it, or allow smaller types with --types.",
+        )
+
+
+def _fitting(tensor: GGUFTensor, kinds: Sequence[GGMLType]) -> list[GGMLType]:
+    return [kind for kind in kinds if fits(tensor, kind)] or [GGMLType.F16]
 
 
 def quantization_error(tensor: GGUFTensor, kind: GGMLType, importance: Importance | None) -> float:

@@ -58,6 +58,10 @@ def choose(path: Path, file: GGUFFile, request: Request, folder: Path, stages: S
     model = _runnable(file, notes)
     if model is None:
         return _plain(file, request.kind or _largest_within(file, request), importance, notes)
+    if request.budget is not None:
+        from lichen.models.mixture import KINDS, check_budget
+
+        check_budget(file, request.kinds or KINDS, request.budget)  # before minutes of measuring
     key = sha256_of(path)
     if importance is None:
         importance = _gathered(model, key, tokens, request, folder, stages)
