@@ -131,6 +131,33 @@ def speculation_rows(record: dict[str, Any]) -> Rows:
     return rows
 
 
+def quantize_rows(record: dict[str, Any]) -> Rows:
+    """Header and three rows a budget: llama.cpp's file without and with importance, and lichen's."""
+    rows: Rows = [
+        [
+            "budget", "made by", "MB", "bits", "perplexity", "KL", "same top", "loss above lichen's, 10⁻³",
+            "tokens/s",
+        ]
+    ]  # fmt: skip
+    for row in record["summary"]:
+        for way, shown in (("plain", "llama.cpp"), ("imatrix", "llama.cpp, imatrix"), ("lichen", "lichen")):
+            cell, change = row[way], row["lower"].get(way)
+            rows.append(
+                [
+                    row["budget"],
+                    shown,
+                    number(cell["bytes"] / 1e6, 2),
+                    number(8 * cell["bytes"] / record["reference"]["weights"], 2),
+                    number(cell["perplexity"], 3),
+                    number(cell["kl"], 4),
+                    f"{cell['same_top']:.1%}",
+                    "" if change is None else f"{-1e3 * change['mean']:.1f} ± {1e3 * change['error']:.1f}",
+                    number(cell["tokens_s"], 0),
+                ]
+            )
+    return rows
+
+
 def soak_rows(record: dict[str, Any]) -> Rows:
     """Header and a row for each thing that must not grow: its first and last quarter, and the change."""
     rows: Rows = [["what", "first quarter", "last quarter", "change"]]

@@ -23,6 +23,8 @@ COMMANDS = (
     "pull",
     "models",
     "rm",
+    "quantize",
+    "eval",
     "keys",
     "keys create",
     "keys list",

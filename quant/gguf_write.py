@@ -10,7 +10,7 @@ import secrets
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
@@ -19,7 +19,8 @@ from lichen.quant.formats import GGMLType, ValueType, row_bytes, tensor_type
 from lichen.quant.gguf_header import ALIGNMENTS, product, read_header
 from lichen.quant.gguf_values import Value, encode, text
 
-# name, type, shape (rows first), bytes of all rows one after the other
+# name, type, shape (rows first), bytes of all rows one after the other: a buffer, or (in a list) a function
+# that gives them as buffers, piece by piece
 TensorItem: TypeAlias = tuple[str, GGMLType, tuple[int, ...], Any]
 
 _Entry: TypeAlias = tuple[str, GGMLType, tuple[int, ...], int]  # the same, but the number of bytes
@@ -37,10 +38,11 @@ def write_gguf(
     """Write a file of version 3, in the order of the arguments; replaces what has the name.
 
     metadata: `Value`s, or plain Python values that become what `Value.of` says. tensors: name, type, shape
-    (rows first) and any contiguous buffer of the rows' bytes. A list is written in one pass. An iterator is
-    taken one tensor at a time, so that they need never be in memory together; since the header, with all
-    shapes, comes first in the file, their bytes wait on the disk beside it. alignment: in bytes; None for
-    what `general.alignment` says, else 32.
+    (rows first) and any contiguous buffer of the rows' bytes. A list is written in one pass, and may hold
+    functions in place of buffers, called in turn for pieces of the rows that are never held together. An
+    iterator is taken one tensor at a time, so that they need never be in memory together; since the header,
+    with all shapes, comes first in the file, their bytes wait on the disk beside it. alignment: in bytes;
+    None for what `general.alignment` says, else 32.
     Raises ModelFileError when the file would not be sound, TensorError for rows that are no whole blocks,
     DiskFull, and StoreError when it cannot be written.
     """
@@ -69,13 +71,18 @@ def _entry(tensor: TensorItem) -> _Entry:
     if not 1 <= len(shape) <= 4 or min(shape) < 1:
         raise ModelFileError(f"Tensor {name} has the shape {list(shape)}, but 1 to 4 dimensions are allowed.")
     size = product(tuple(shape[:-1])) * row_bytes(kind, shape[-1])
-    with _bytes_of(name, data) as view:
-        if view.nbytes != size:
-            raise ModelFileError(
-                f"Tensor {name} of the shape {list(shape)} takes {size} bytes as {kind.name}, "
-                f"but {view.nbytes} were given."
-            )
+    if not callable(data):  # of a function it shows when it is written
+        with _bytes_of(name, data) as view:
+            _refuse_size(name, kind, shape, size, view.nbytes)
     return name, kind, tuple(shape), size
+
+
+def _refuse_size(name: str, kind: GGMLType, shape: tuple[int, ...], size: int, given: int) -> None:
+    if given != size:
+        raise ModelFileError(
+            f"Tensor {name} of the shape {list(shape)} takes {size} bytes as {kind.name}, "
+            f"but {given} were given."
+        )
 
 
 def _bytes_of(name: str, data: Any) -> memoryview:
@@ -114,10 +121,19 @@ def _write_header(
 
 
 def _write_rows(file: BinaryIO, tensor: TensorItem, alignment: int) -> None:
-    name, _, _, data = tensor
-    with _bytes_of(name, data) as view:
-        file.write(view)
-        file.write(bytes(-view.nbytes % alignment))
+    name, kind, shape, data = tensor
+    written = 0
+    for piece in _pieces(data):
+        with _bytes_of(name, piece) as view:
+            file.write(view)
+            written += view.nbytes
+    _refuse_size(name, kind, shape, product(tuple(shape[:-1])) * row_bytes(kind, shape[-1]), written)
+    file.write(bytes(-written % alignment))
+
+
+def _pieces(data: Any) -> Iterable[Any]:
+    give: Callable[[], Iterable[Any]] | None = data if callable(data) else None
+    return (data,) if give is None else give()
 
 
 @contextlib.contextmanager
