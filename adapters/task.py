@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -17,7 +17,7 @@ Tokens = list[Annotated[int, Meta(ge=0, le=1 << 24)]]
 class Example(msgspec.Struct, frozen=True, array_like=True):
     """Token ids. answer: what is taught, with its end token. rejected: the worse answer of a pair, or none."""
 
-    prompt: Tokens
+    prompt: Annotated[Tokens, Meta(min_length=1)]
     answer: Annotated[Tokens, Meta(min_length=1)]
     rejected: Tokens = []
 
@@ -88,3 +88,23 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
         digest = hashlib.sha256(msgspec.json.encode(decisive, order="deterministic"))
         digest.update(hashlib.sha256(examples).digest())
         return digest.hexdigest()
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """What `adapter.json` beside an adapter says: what it is, from what, and what was measured.
+
+    base: sha256 of the model's file. before, after: `events.Measured`, in nats a token.
+    """
+
+    version: int = 1
+    name: str
+    sha256: str
+    base: str
+    task: Task
+    first: int
+    steps: int
+    rate: float
+    before: dict[str, Any]
+    after: dict[str, Any]
+    lichen: str
+    torch: str

@@ -32,6 +32,7 @@ COMMANDS = (
     "feedback show",
     "feedback export",
     "feedback forget",
+    "learn",
     "fleet",
     "fleet init",
     "fleet publish",

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 import lichen
-from lichen.cli import answer, feedback, fleet, inspect, keys, models, serve, top
+from lichen.cli import answer, feedback, fleet, inspect, keys, learn, models, serve, top
 from lichen.cli.settings import Given
 from lichen.errors import ConfigError, LichenError
 
@@ -21,7 +21,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (answer, serve, models, keys, feedback, fleet, inspect, top):
+for group in (answer, serve, models, keys, feedback, learn, fleet, inspect, top):
     group.register(app)
 
 
