@@ -42,7 +42,8 @@ class FrozenStates:
 
     def _plan(self, room: int) -> int:
         """Decide what is kept, the shortest first, side by side as it is computed; rows of the file."""
-        rows, group, size = 0, [], 0
+        rows, size = 0, 0
+        group: list[int] = []
         lengths = [len(sequence) for sequence in self._sequences]
         for number in sorted(range(len(lengths)), key=lambda number: (lengths[number], number)):
             if rows + lengths[number] > room:

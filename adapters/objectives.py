@@ -108,7 +108,9 @@ def token_losses(model: Decoder, hidden: Tensor, where: Taught) -> tuple[Tensor,
     losses, hits = [], []
     step = max(1, LOGIT_BYTES // (4 * model.vocabulary))
     with torch.no_grad():
-        for positions, targets in zip(where.positions.split(step), where.targets.split(step), strict=True):
+        for positions, targets in zip(
+            torch.split(where.positions, step), torch.split(where.targets, step), strict=True
+        ):
             logits = model.logits(hidden, positions)
             losses.append(functional.cross_entropy(logits, targets, reduction="none"))
             hits.append(logits.argmax(-1) == targets)

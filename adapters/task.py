@@ -15,7 +15,7 @@ Tokens = list[Annotated[int, Meta(ge=0, le=1 << 24)]]
 
 
 class Example(msgspec.Struct, frozen=True, array_like=True):
-    """Token ids. answer: what is taught, with its end token. rejected: the worse answer of a pair, or none."""
+    """Token ids. answer: what is taught, with its end. rejected: the worse answer of a pair, or none."""
 
     prompt: Annotated[Tokens, Meta(min_length=1)]
     answer: Annotated[Tokens, Meta(min_length=1)]

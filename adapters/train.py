@@ -14,6 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -102,13 +103,12 @@ class Trainer:
 
     def measure(self, when: str) -> Measured:
         """Losses on the held-out and the general examples."""
-        held_out, general = self._score(self._held_out), self._score(self._general)
-        return Measured(
-            when,
-            loss=held_out and held_out.loss,
-            exact=held_out and held_out.exact,
-            general=general and general.loss,
-        )
+        told = Measured(when)
+        if (score := self._score(self._held_out)) is not None:
+            told = msgspec.structs.replace(told, loss=score.loss, exact=score.exact)
+        if (score := self._score(self._general)) is not None:
+            told = msgspec.structs.replace(told, general=score.loss)
+        return told
 
     def state(self) -> dict[str, Any]:
         """All that decides what comes next, as tensors and plain values; later steps do not change it."""

@@ -75,7 +75,9 @@ class Teacher:
         question = self._writer.text(asked, tools)
         whole = self._writer.text([*asked, _plain(answer)], tools, asking=False)
         if not whole.startswith(question):
-            raise RequestError("The model's chat template writes an answer elsewhere than where it asks for one.")
+            raise RequestError(
+                "The model's chat template writes an answer elsewhere than where it asks for one."
+            )
         prompt, tokens = self._writer.tokens(question), self._writer.tokens(whole)
         if tokens[: len(prompt)] != prompt:  # a token goes over the border, but serving cuts there
             tokens = prompt + self._model.tokenize(whole[len(question) :], special=True, add_bos=False)

@@ -32,9 +32,7 @@ def learn(
     context: typer.Context,
     file: Annotated[Path, typer.Argument(help="Lessons as JSON lines, in the form of OpenAI's files.")],
     name: Annotated[str, typer.Option(help="Name of the adapter.")],
-    model: Annotated[
-        str | None, typer.Option(help="Model to adapt.", autocompletion=complete_model)
-    ] = None,
+    model: Annotated[str | None, typer.Option(help="Model to adapt.", autocompletion=complete_model)] = None,
     epochs: Annotated[int, typer.Option(min=1, max=1000, help="Passes over the lessons.")] = 3,
     minutes: Annotated[
         float | None, typer.Option(min=0.01, max=100_000, help="Most time that training may take.")
@@ -43,7 +41,9 @@ def learn(
     length: Annotated[
         int, typer.Option(min=16, max=1 << 17, help="Most tokens of an example; longer ones are left out.")
     ] = 1024,
-    seed: Annotated[int, typer.Option(min=0, help="Decides the order of the lessons and the first numbers.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Decides the order of the lessons and the first numbers.")
+    ] = 0,
 ) -> None:
     """Train an adapter. Ctrl-C keeps what is done; the same command then goes on."""
     from lichen.adapters.launch import Training, prepare
@@ -85,7 +85,9 @@ def _require_torch() -> None:
     from importlib.util import find_spec
 
     if find_spec("torch") is None:
-        raise TrainingError("Learning needs torch, which is not installed.", hint="pip install 'lichen[train]'")
+        raise TrainingError(
+            "Learning needs torch, which is not installed.", hint="pip install 'lichen[train]'"
+        )
 
 
 def _say(report: Report) -> None:
