@@ -36,9 +36,9 @@ class FrozenStates:
         self._groups: dict[int, list[int]] = {}  # of what is kept: whom it is computed with
         self._known: set[int] = set()
         rows = self._plan(limit // (4 * self._width)) if first else 0  # embedding is as fast as reading
-        self._file = tempfile.TemporaryFile(dir=folder) if rows else None  # noqa: SIM115 - closed in close()
-        if self._file is not None:
-            self._stored = np.memmap(self._file, np.float32, "w+", shape=(rows, self._width))
+        if rows:
+            with tempfile.TemporaryFile(dir=folder) as file:  # lives as long as it is mapped
+                self._stored = np.memmap(file, np.float32, "w+", shape=(rows, self._width))
 
     def _plan(self, room: int) -> int:
         """Decide what is kept, the shortest first, side by side as it is computed; rows of the file."""
@@ -81,9 +81,3 @@ class FrozenStates:
         packed = pack([self._sequences[number] for number in numbers])
         with torch.no_grad():
             return self._model.run(self._model.embed(packed), packed, stop=self._first)
-
-    def close(self) -> None:
-        """Give the disk space back."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None

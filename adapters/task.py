@@ -72,7 +72,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     tokens: Annotated[int, Meta(ge=1, le=1 << 20)] = 1024
     rate: Annotated[float, Meta(ge=0, le=1)] = 0.0
     beta: Annotated[float, Meta(gt=0, le=100)] = 0.1
-    seed: Annotated[int, Meta(ge=0, lt=1 << 63)] = 0
+    seed: Annotated[int, Meta(ge=0, le=(1 << 53) - 1)] = 0
     threads: Annotated[int, Meta(ge=1, le=512)] = 1
     memory: Annotated[int, Meta(ge=0)] = 0
     cache: Annotated[int, Meta(ge=0)] = 2_000_000_000

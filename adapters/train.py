@@ -128,15 +128,9 @@ class Trainer:
             parameter.data.copy_(stored)
         self._optimizer.load_state_dict(state["optimizer"])
 
-    def close(self) -> None:
-        """Give the disk space of the activations back."""
-        for states in self._opened:
-            states.close()
-
     def _rows(self, examples: Sequence[Example], cache: int, folder: Path) -> Rows:
         sequences = [[*example.prompt, *example.answer] for example in examples]
         states = FrozenStates(self.model, self.first, sequences, limit=cache, folder=folder)
-        self._opened = [*getattr(self, "_opened", ()), states]
         answers = [len(example.answer) for example in examples]
         return Rows(self.model, self.first, states, [len(sequence) for sequence in sequences], answers)
 

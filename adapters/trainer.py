@@ -18,7 +18,6 @@ import sys
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import filelock
 import msgspec
@@ -75,7 +74,6 @@ class Run:
         after = trainer.measure("after")
         self.tell(after)
         place = self._publish(trainer, after)
-        trainer.close()
         path.unlink()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         self.tell(Finished(str(place), time.monotonic() - started, peak))
@@ -85,7 +83,7 @@ class Run:
         """All steps that are left; False where it was stopped before."""
         saved = begun = time.monotonic()
         done = 0
-        while trainer.step < trainer.steps:
+        while trainer.step < trainer.steps and not self.stopping:
             started = time.monotonic()
             step = trainer.advance()
             now = time.monotonic()
@@ -98,9 +96,7 @@ class Run:
             if last or self.stopping or now - saved >= self.task.checkpoint:
                 self._save(trainer)
                 saved = now
-            if self.stopping and not last:
-                return False
-        return True
+        return trainer.step == trainer.steps
 
     def _save(self, trainer: Trainer) -> None:
         state = {**trainer.state(), "identity": self.identity, "before": msgspec.to_builtins(self.before)}
@@ -128,7 +124,7 @@ class Run:
             before=msgspec.to_builtins(self.before),
             after=msgspec.to_builtins(after),
             lichen=lichen.__version__,
-            torch=torch.__version__,
+            torch=str(torch.__version__),
         )
         (staged / "adapter.json").write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
         place = output / digest[:16]
@@ -170,14 +166,9 @@ def main(arguments: list[str]) -> int:
     try:
         with filelock.FileLock(folder / LOCK, timeout=0):
             run = Run(folder, tell)
-            handlers: dict[int, Any] = {
-                number: signal.signal(number, run.stop) for number in (signal.SIGTERM, signal.SIGINT)
-            }
-            try:
-                return run()
-            finally:
-                for number, handler in handlers.items():
-                    signal.signal(number, handler)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, run.stop)  # to the very end: asked twice, it must not die of it
+            return run()
     except filelock.Timeout:
         tell(Failed("Another process trains in this folder already."))
     except Exception as error:
