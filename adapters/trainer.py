@@ -83,7 +83,7 @@ class Run:
         """All steps that are left; False where it was stopped before."""
         saved = begun = time.monotonic()
         done = 0
-        while trainer.step < trainer.steps and not self.stopping:
+        while trainer.step < trainer.steps and not self._ending():
             started = time.monotonic()
             step = trainer.advance()
             now = time.monotonic()
@@ -91,12 +91,15 @@ class Run:
             left = (now - begun) / done * (trainer.steps - trainer.step)
             speed = step.tokens / (now - started)
             self.tell(Stepped(trainer.step, step.epoch, step.loss, step.rate, step.norm, speed, left))
-            self.stopping = self.stopping or os.getppid() != self._parent
-            last = trainer.step == trainer.steps
-            if last or self.stopping or now - saved >= self.task.checkpoint:
+            if now - saved >= self.task.checkpoint:
                 self._save(trainer)
                 saved = now
+        self._save(trainer)
         return trainer.step == trainer.steps
+
+    def _ending(self) -> bool:
+        """Whether it was asked to stop, or whoever started it is gone."""
+        return self.stopping or os.getppid() != self._parent
 
     def _save(self, trainer: Trainer) -> None:
         state = {**trainer.state(), "identity": self.identity, "before": msgspec.to_builtins(self.before)}

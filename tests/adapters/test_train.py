@@ -102,7 +102,7 @@ def test_the_preference_gradient_is_that_of_its_formula(model_file: Path, tmp_pa
     trainer._optimizer.zero_grad()
 
     def log_p(prompt: list[int], answer: list[int]) -> torch.Tensor:
-        logits = trainer.model(pack([[*prompt, *answer]])).log_softmax(-1)
+        logits: torch.Tensor = trainer.model(pack([[*prompt, *answer]])).log_softmax(-1)
         rows = logits[len(prompt) - 1 : -1]
         return rows.gather(1, torch.tensor(answer).unsqueeze(1)).sum()
 
