@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 import filelock
 import msgspec
 
-from lichen.adapters.events import Event, EventReader, Failed
+from lichen.adapters.events import Event, EventReader, Failed, Finished, Stopped
 from lichen.adapters.task import Examples, Task
 from lichen.errors import TrainingError
 
@@ -49,6 +48,8 @@ class Training:
         """Start it in a prepared folder. It is in a session of its own: Ctrl-C does not reach it."""
         self.folder = folder
         self._reader = EventReader(folder / EVENTS)
+        self._last: Failed | Finished | Stopped | None = None
+        self._asked = False
         with (folder / OUTPUT).open("wb") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "lichen.adapters.trainer", str(folder)],
@@ -60,19 +61,21 @@ class Training:
 
     def __iter__(self) -> Iterator[Event]:
         """Events until it has ended. Blocks. Raises TrainingError when it failed or was killed."""
-        failed = ""
         while True:
             ended = self.process.poll() is not None
             for event in self._reader.new():
-                failed = event.error if isinstance(event, Failed) else failed
+                if isinstance(event, Failed | Finished | Stopped):
+                    self._last = event
                 yield event
             if ended:
                 break
             time.sleep(POLL_S)
-        if self.process.returncode not in (0, STOPPED):
+        if isinstance(self._last, Failed):
+            raise TrainingError(self._last.error)
+        if self._last is None:
             raise TrainingError(
-                failed or f"The trainer ended unexpectedly ({self._end()}).",
-                hint=None if failed else f"Its output is in {self.folder / OUTPUT}.",
+                f"The trainer ended unexpectedly ({self._end()}).",
+                hint=f"Its output is in {self.folder / OUTPUT}.",
             )
 
     def _end(self) -> str:
@@ -80,6 +83,7 @@ class Training:
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
     def stop(self) -> None:
-        """Ask it to end after the step that runs."""
-        if self.process.poll() is None:
-            os.kill(self.process.pid, signal.SIGTERM)
+        """Ask it to end after the step that runs; once, since a dying interpreter has no handlers left."""
+        if not self._asked and self.process.poll() is None:
+            self._asked = True
+            self.process.send_signal(signal.SIGTERM)
