@@ -55,7 +55,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
 
     lessons: sha256 of the file of lessons. epochs: passes over the examples, fewer where `minutes` does not
     allow them. batch: examples a step. tokens: most that go through the model at once. rate: highest
-    learning rate; 0 for the measured default of the objective. beta: how far a preference may lead away
+    learning rate; 0 for the default of the objective. beta: how far a preference may lead away
     from the model as it was. memory: bytes that the process may allocate, 0 for no limit. cache: bytes of
     disk for activations. checkpoint: seconds between two, 0 for one after each step.
     """
