@@ -73,10 +73,10 @@ class Trainer:
         return sum(parameter.numel() for parameter in self._trained)
 
     def fit_into(self, seconds: float) -> None:
-        """Lower the number of steps to what fits; one step is tried, and leaves nothing behind."""
+        """Lower the number of steps to what fits; two are tried, and leave nothing behind."""
         state = self._course.state()
-        chosen = self._course.next()
-        self._gradients(chosen)  # also warms everything up
+        self._gradients(self._course.next())  # warms everything up
+        chosen = self._course.next()  # others, whose frozen states are not known yet, as in a first epoch
         started = time.monotonic()
         self._gradients(chosen)
         took = time.monotonic() - started

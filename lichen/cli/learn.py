@@ -35,7 +35,8 @@ def learn(
     model: Annotated[str | None, typer.Option(help="Model to adapt.", autocompletion=complete_model)] = None,
     epochs: Annotated[int, typer.Option(min=1, max=1000, help="Passes over the lessons.")] = 3,
     minutes: Annotated[
-        float | None, typer.Option(min=0.01, max=100_000, help="About how long to train; fewer epochs if need be.")
+        float | None,
+        typer.Option(min=0.01, max=100_000, help="About how long to train; fewer epochs if need be."),
     ] = None,
     rank: Annotated[int, typer.Option(min=1, max=1024, help="Size of the adapter.")] = 8,
     length: Annotated[
