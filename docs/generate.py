@@ -34,6 +34,7 @@ COMMANDS = (
     "feedback show",
     "feedback export",
     "feedback forget",
+    "learn",
     "fleet",
     "fleet init",
     "fleet publish",

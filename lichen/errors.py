@@ -27,6 +27,7 @@
     │   ├── JournalDamaged            500  its file is not what lichen wrote; the daemon puts it aside
     │   ├── JournalBusy               503  another process holds it, or too much waits to be written
     │   └── JournalFull               507  the disk is full or the journal's bound is reached
+    ├── TrainingError                 500  an adapter cannot be trained so, or its training failed
     ├── FleetError                    500  membership of a fleet, or a fleet's repository, is not in order
     │   ├── TrustError                502  metadata or bytes of the fleet do not verify
     │   ├── MetadataExpired           503  the fleet's metadata is too old; updates stop, serving does not
@@ -277,6 +278,12 @@ class LessonError(RequestError):
     """A file of lessons that cannot be learned from as it is; the message names the first bad lines."""
 
     code = "bad_lessons"
+
+
+class TrainingError(LichenError):
+    """An adapter cannot be trained like this, or its training failed; the last checkpoint is kept."""
+
+    code = "training_failed"
 
 
 class FleetError(LichenError):

@@ -19,9 +19,8 @@ import msgspec
 from lichen.errors import RequestError, UnsupportedField
 from lichen.runtime.answer import THINK_BEGIN, THINK_END, AnswerReader, Thinking
 from lichen.runtime.answer_form import AnswerForm, Schema
-from lichen.runtime.chat import ChatTemplate, Message, capabilities
+from lichen.runtime.chat import Message, capabilities
 from lichen.runtime.constraint import Constraint, Grammars
-from lichen.runtime.conversation import native_messages, textual_messages
 from lichen.runtime.embedding import Embedder
 from lichen.runtime.engine import Engine
 from lichen.runtime.generation import Generation, Mailbox
@@ -29,11 +28,11 @@ from lichen.runtime.grammar import json_grammar, whole_grammar
 from lichen.runtime.metrics import EngineMetrics
 from lichen.runtime.native import Context, ContextSize, Model
 from lichen.runtime.native import version as native_version
+from lichen.runtime.prompt import PromptWriter
 from lichen.runtime.sequence import LOCAL, SamplingOptions
 from lichen.runtime.sequence import Sequence as LiveSequence
 from lichen.runtime.speculation.build import SpeculationOptions, build
 from lichen.runtime.spill import CacheKey, SpillStore
-from lichen.runtime.tools import DEFAULT, format_of, formats
 
 if TYPE_CHECKING:
     from lichen.runtime.memory import Fitted
@@ -86,9 +85,8 @@ class ServedModel:
         self.metrics = engine.observer = EngineMetrics()
         self.fitted: Fitted | None = None  # how it was made to fit in memory, where somebody asked
         self._model = model
-        self.template = ChatTemplate(
-            model.chat_template(), bos=model.special_text(model.bos), eos=model.special_text(model.eos)
-        )
+        self._writer = PromptWriter(model)
+        self.template, self._tools = self._writer.template, self._writer.tools
         self.info = ModelInfo(
             name=name,
             sha256=sha256,
@@ -99,10 +97,7 @@ class ServedModel:
             capabilities=capabilities(model.chat_template()),
         )
         self.names = frozenset({name, "default"})
-        self._bos_text = model.special_text(model.bos)
         self._grammars = Grammars(model)
-        self._native_tools = format_of(self.template.source)
-        self._tools = self._native_tools or formats()[DEFAULT]
         markers = (self._tools.marker, THINK_BEGIN, THINK_END)
         self._marks = frozenset(marker for marker in markers if model.reveal(marker))
         self.embedder = Embedder(model, engine, threads=options.threads)
@@ -229,18 +224,11 @@ class ServedModel:
 
     def prompt_text(self, messages: Sequence[Message], form: AnswerForm = AnswerForm()) -> str:  # noqa: B008
         """The rendered conversation. Blocks: milliseconds for long ones."""
-        tools = form.offered
-        if self.template.takes_tools and self._native_tools is not None:
-            return self.template.render(native_messages(messages), tools=[tool.plain() for tool in tools])
-        return self.template.render(textual_messages(messages, tools, self._tools))
+        return self._writer.text(messages, form.offered)
 
     def chat_tokens(self, messages: Sequence[Message], form: AnswerForm = AnswerForm()) -> list[int]:  # noqa: B008
         """Token ids [n] of a rendered conversation. Blocks as `prompt_text` does."""
-        return self._encoded(self.prompt_text(messages, form))
-
-    def _encoded(self, text: str) -> list[int]:
-        has_bos = bool(self._bos_text) and text.startswith(self._bos_text)
-        return self._model.tokenize(text, special=True, add_bos=not has_bos)
+        return self._writer.tokens(self.prompt_text(messages, form))
 
     def _chat_job(
         self, messages: Sequence[Message], form: AnswerForm, count: int
@@ -261,7 +249,7 @@ class ServedModel:
             names=tuple(tool.name for tool in form.offered),
             only_calls=form.only_calls,
         )
-        return self._encoded(text), constraints, reader
+        return self._writer.tokens(text), constraints, reader
 
     def close(self) -> None:
         """End what runs and give all memory back. Blocks; idempotent."""

@@ -9,7 +9,19 @@ from typing import Annotated, Any
 import typer
 
 import lichen
-from lichen.cli import answer, evaluate, feedback, fleet, inspect, keys, models, quantize, serve, top
+from lichen.cli import (
+    answer,
+    evaluate,
+    feedback,
+    fleet,
+    inspect,
+    keys,
+    learn,
+    models,
+    quantize,
+    serve,
+    top,
+)
 from lichen.cli.settings import Given
 from lichen.errors import ConfigError, LichenError
 
@@ -21,7 +33,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (answer, serve, models, quantize, evaluate, keys, feedback, fleet, inspect, top):
+for group in (answer, serve, models, quantize, evaluate, keys, feedback, learn, fleet, inspect, top):
     group.register(app)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,13 @@ from lichen.runtime import native
 F32, F16 = 0, 1  # ggml's numbers, for the types of keys and values
 
 
-def reference_logits(path: Path, tokens: list[int], *, kv_type: int = F16) -> Tensor:
-    """Logits float32 [tokens, vocabulary] of one sequence, computed by llama.cpp in one batch."""
+def reference_logits(
+    path: Path, tokens: list[int], *, kv_type: int = F16, adapter: Path | None = None
+) -> Tensor:
+    """Logits float32 [tokens, vocabulary] of one sequence, computed by llama.cpp in one batch.
+
+    adapter: file of a LoRA adapter that is applied.
+    """
     model = native.Model(path)
     lib = model._lib
     params = lib.llama_context_default_params()
@@ -28,6 +34,11 @@ def reference_logits(path: Path, tokens: list[int], *, kv_type: int = F16) -> Te
     params.swa_full = True
     context = lib.llama_init_from_model(model._pointer, params)
     assert context, "llama.cpp refused the context"
+    if adapter is not None:
+        lora = lib.llama_adapter_lora_init(model._pointer, str(adapter).encode())
+        assert lora, "llama.cpp refused the adapter"
+        pointers, scales = (type(lora) * 1)(lora), (ctypes.c_float * 1)(1.0)
+        assert lib.llama_set_adapters_lora(context, pointers, 1, scales) == 0
     batch = lib.llama_batch_init(len(tokens), 0, 1)
     try:
         batch.n_tokens = len(tokens)

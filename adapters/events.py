@@ -1,0 +1,113 @@
+"""What a trainer's process tells: JSON lines in a file that only grows, so that anyone may watch.
+
+After a resumption the steps since the last checkpoint come a second time; the later line counts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeAlias
+
+import msgspec
+
+
+class Started(msgspec.Struct, frozen=True, tag="started", tag_field="event"):
+    """step: where it goes on, 0 for a new training; steps: of the whole; parameters: numbers it trains."""
+
+    step: int
+    steps: int
+    parameters: int
+    rate: float
+
+
+class Measured(msgspec.Struct, frozen=True, tag="measured", tag_field="event"):
+    """Losses in nats a token of held-out answers and of general ones; exact: share of held-out answers
+    that greedy decoding gives word for word. None where there was nothing to measure on."""
+
+    when: str
+    loss: float | None = None
+    exact: float | None = None
+    general: float | None = None
+
+
+class Stepped(msgspec.Struct, frozen=True, tag="step", tag_field="event"):
+    """One step: tokens that went through the model a second, and the seconds that are left."""
+
+    step: int
+    epoch: int
+    loss: float
+    rate: float
+    norm: float
+    tokens_per_second: float
+    left: float
+
+
+class Saved(msgspec.Struct, frozen=True, tag="saved", tag_field="event"):
+    """A checkpoint is on the disk."""
+
+    step: int
+
+
+class Stopped(msgspec.Struct, frozen=True, tag="stopped", tag_field="event"):
+    """It was asked to end early; the same command goes on from here."""
+
+    step: int
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed", tag_field="event"):
+    """It ended in an error, in one sentence."""
+
+    error: str
+
+
+class Finished(msgspec.Struct, frozen=True, tag="finished", tag_field="event"):
+    """folder: of the adapter; seconds: of the last process; memory: its peak in bytes."""
+
+    folder: str
+    seconds: float
+    memory: int
+
+
+Event: TypeAlias = Started | Measured | Stepped | Saved | Stopped | Failed | Finished
+
+
+class EventLog:
+    """Appends events; each is one write, so that no reader sees lines mixed."""
+
+    def __init__(self, path: Path) -> None:
+        cut = path.exists() and not path.read_bytes().endswith(b"\n")
+        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        if cut:  # a full disk, or an end by power loss
+            os.write(self._handle, b"\n")
+
+    def __call__(self, event: Event) -> None:
+        """Tell it."""
+        os.write(self._handle, msgspec.json.encode(event) + b"\n")
+
+    def close(self) -> None:
+        """Nothing more comes from here."""
+        os.close(self._handle)
+
+
+class EventReader:
+    """Reads what comes behind a position; a line that is not whole yet waits."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._position = path.stat().st_size if path.exists() else 0
+        self._decoder = msgspec.json.Decoder(Event)
+
+    def new(self) -> Iterator[Event]:
+        """Events since the last call; lines that are none (of a newer lichen, or cut off) are left out."""
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._position)
+            while (line := file.readline()).endswith(b"\n"):
+                self._position += len(line)
+                try:
+                    yield self._decoder.decode(line)
+                except msgspec.MsgspecError:
+                    continue

@@ -1,0 +1,83 @@
+"""Hidden states below the first adapted block: computed once, kept in a file over all epochs.
+
+They depend on no adapter. The file has no name, so nothing is left of it when the process ends, however
+it ends; the system's page cache keeps in memory what there is room for.
+
+Invariant: the state of a sequence is the same to the bit whenever it is computed. Products over several
+sequences round by their company, so those that are kept are always computed in the same groups, and the
+others alone. That is what lets a resumed training equal an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lichen.models.decoder import Decoder
+from lichen.models.packing import Packed, pack
+
+GROUP_TOKENS = 512  # enough for products to be fast, little enough to be made for one sequence
+
+
+class FrozenStates:
+    """Hidden state `first` of fixed sequences of tokens, by their number. limit: bytes of the file."""
+
+    def __init__(
+        self, model: Decoder, first: int, sequences: Sequence[Sequence[int]], *, limit: int, folder: Path
+    ) -> None:
+        self._model, self._first, self._sequences = model, first, sequences
+        self._width = model.shape.width
+        self._places: dict[int, int] = {}  # of what is kept: its first row in the file
+        self._groups: dict[int, list[int]] = {}  # of what is kept: whom it is computed with
+        self._known: set[int] = set()
+        rows = self._plan(limit // (4 * self._width)) if first else 0  # embedding is as fast as reading
+        if rows:
+            with tempfile.TemporaryFile(dir=folder) as file:  # lives as long as it is mapped
+                self._stored = np.memmap(file, np.float32, "w+", shape=(rows, self._width))
+
+    def _plan(self, room: int) -> int:
+        """Decide what is kept, the shortest first, side by side as it is computed; rows of the file."""
+        rows, size = 0, 0
+        group: list[int] = []
+        lengths = [len(sequence) for sequence in self._sequences]
+        for number in sorted(range(len(lengths)), key=lambda number: (lengths[number], number)):
+            if rows + lengths[number] > room:
+                break
+            if size + lengths[number] > GROUP_TOKENS:
+                group, size = [], 0
+            group.append(number)
+            size += lengths[number]
+            self._groups[number] = group
+            self._places[number] = rows
+            rows += lengths[number]
+        return rows
+
+    def batch(self, numbers: Sequence[int]) -> tuple[Packed, Tensor]:
+        """Sequences one after the other, and their states, float32 [tokens, width]."""
+        return pack([self._sequences[number] for number in numbers]), torch.cat(
+            [self._state(number) for number in numbers]
+        )
+
+    def _state(self, number: int) -> Tensor:
+        if number not in self._places:
+            return self._computed([number])
+        if number not in self._known:
+            self._keep(self._groups[number])
+        place = self._places[number]
+        return torch.from_numpy(np.array(self._stored[place : place + len(self._sequences[number])]))
+
+    def _keep(self, group: list[int]) -> None:
+        states = self._computed(group).numpy()
+        place = self._places[group[0]]
+        self._stored[place : place + len(states)] = states
+        self._known.update(group)
+
+    def _computed(self, numbers: list[int]) -> Tensor:
+        packed = pack([self._sequences[number] for number in numbers])
+        with torch.no_grad():
+            return self._model.run(self._model.embed(packed), packed, stop=self._first)

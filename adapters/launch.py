@@ -1,0 +1,89 @@
+"""Starts a trainer's process and follows it; imports no torch, so that the daemon may use it."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import filelock
+import msgspec
+
+from lichen.adapters.events import Event, EventReader, Failed, Finished, Stopped
+from lichen.adapters.task import Examples, Task
+from lichen.errors import TrainingError
+
+TASK, EXAMPLES, EVENTS = "task.json", "examples.json", "events.jsonl"
+CHECKPOINT, LOCK, OUTPUT = "checkpoint.pt", "lock", "trainer.log"
+STOPPED = 3  # exit code of a training that was asked to end and can go on
+POLL_S = 0.1
+
+
+def prepare(folder: Path, task: Task, examples: Examples) -> None:
+    """Write what the trainer reads; only its owner can read it.
+
+    Raises TrainingError when it cannot be written or a trainer is at work there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with filelock.FileLock(folder / LOCK, timeout=0):
+            for name, content in ((EXAMPLES, examples), (TASK, task)):
+                partial = folder / f".{name}.partial"
+                partial.touch(mode=0o600)
+                partial.write_bytes(msgspec.json.encode(content))
+                partial.replace(folder / name)
+    except filelock.Timeout:
+        raise TrainingError(f"Another process trains in {folder} already.") from None
+    except OSError as error:
+        raise TrainingError(f"The folder {folder} cannot be written: {error.strerror}.") from error
+
+
+class Training:
+    """A running trainer. Iterate for its events; `stop` asks it to keep a checkpoint and end."""
+
+    def __init__(self, folder: Path) -> None:
+        """Start it in a prepared folder. It is in a session of its own: Ctrl-C does not reach it."""
+        self.folder = folder
+        self._reader = EventReader(folder / EVENTS)
+        self._last: Failed | Finished | Stopped | None = None
+        self._asked = False
+        with (folder / OUTPUT).open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "lichen.adapters.trainer", str(folder)],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+
+    def __iter__(self) -> Iterator[Event]:
+        """Events until it has ended. Blocks. Raises TrainingError when it failed or was killed."""
+        while True:
+            ended = self.process.poll() is not None
+            for event in self._reader.new():
+                if isinstance(event, Failed | Finished | Stopped):
+                    self._last = event
+                yield event
+            if ended:
+                break
+            time.sleep(POLL_S)
+        if isinstance(self._last, Failed):
+            raise TrainingError(self._last.error)
+        if self._last is None:
+            raise TrainingError(
+                f"The trainer ended unexpectedly ({self._end()}).",
+                hint=f"Its output is in {self.folder / OUTPUT}.",
+            )
+
+    def _end(self) -> str:
+        code = self.process.returncode
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+    def stop(self) -> None:
+        """Ask it to end after the step that runs; once, since a dying interpreter has no handlers left."""
+        if not self._asked and self.process.poll() is None:
+            self._asked = True
+            self.process.send_signal(signal.SIGTERM)

@@ -1,0 +1,189 @@
+"""The training loop: an adapter, its optimizer and its place in the lessons, one step at a time.
+
+A `Trainer` is all of a training's state. Two of the same task and threads go through the same numbers to
+the bit, whether one was resumed from a checkpoint (`state`, `restore`) at any step or not.
+Not covered: when to train, and whether the result is good enough to be served.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
+
+from lichen.adapters import objectives
+from lichen.adapters.course import Course, rate_at
+from lichen.adapters.events import Measured
+from lichen.adapters.frozen import FrozenStates
+from lichen.adapters.lora import attach, parameters
+from lichen.adapters.objectives import Rows, Score
+from lichen.adapters.task import Example, Examples, Task
+from lichen.errors import TrainingError
+from lichen.models.decoder import Decoder
+
+RATES = {"supervised": 2e-3, "preference": 5e-5}  # usual for LoRA; others are not measured here yet
+NORM = 1.0  # longest gradient
+BETAS = (0.9, 0.99)  # a shorter memory than usual: trainings here have hundreds of steps
+MEASURED = 128  # held-out examples at most: more would cost minutes and change the second digit
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one step did. loss: in nats an answer token (of a preference: nats a pair). norm: the
+    gradient's before it was clipped. tokens: that went through the model."""
+
+    epoch: int
+    loss: float
+    rate: float
+    norm: float
+    tokens: int
+
+
+class Trainer:
+    """One training of a model, which gets the adapters. folder: where activations are kept meanwhile."""
+
+    def __init__(self, model: Decoder, task: Task, examples: Examples, folder: Path) -> None:
+        self.model, self.task = model, task
+        self.first = attach(model, task.lora, task.seed)
+        self.rate = task.rate or RATES[task.objective]
+        self.step = 0
+        train = _sides(examples.train) if task.objective == "preference" else examples.train
+        spread = _spread(examples.held_out, MEASURED)
+        self._train = self._rows(train, task.cache, folder)
+        self._held_out = self._rows(spread, task.cache // 4, folder) if spread else None
+        self._general = self._rows(examples.general, task.cache // 4, folder) if examples.general else None
+        self._trained = parameters(model)
+        self._optimizer = torch.optim.AdamW(
+            self._trained, lr=self.rate, betas=BETAS, weight_decay=0.0, foreach=False
+        )
+        self._course = Course(len(examples.train), task.batch, task.seed)
+        self.steps = task.epochs * self._course.steps_an_epoch
+        self._reference: Tensor | None = None
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers are trained."""
+        return sum(parameter.numel() for parameter in self._trained)
+
+    def fit_into(self, seconds: float) -> None:
+        """Lower the number of steps to what fits; two are tried, and leave nothing behind."""
+        state = self._course.state()
+        self._gradients(self._course.next())  # warms everything up
+        chosen = self._course.next()  # others, whose frozen states are not known yet, as in a first epoch
+        started = time.monotonic()
+        self._gradients(chosen)
+        took = time.monotonic() - started
+        self._optimizer.zero_grad()
+        self._course.restore(state)
+        self.steps = max(1, min(self.steps, int(seconds / took)))
+
+    def advance(self) -> Step:
+        """One step. Raises TrainingError when the loss is no number any more."""
+        rate = rate_at(self.step, self.steps, self.rate)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        chosen = self._course.next()
+        loss, tokens = self._gradients(chosen)
+        norm = float(torch.nn.utils.clip_grad_norm_(self._trained, NORM, foreach=False))
+        if not (abs(loss) < float("inf") and norm < float("inf")):
+            raise TrainingError(
+                f"The loss of step {self.step + 1} is no number.", hint="Train again with a lower rate."
+            )
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self.step += 1
+        return Step(self._course.epoch, loss, rate, norm, tokens)
+
+    def measure(self, when: str) -> Measured:
+        """Losses on the held-out and the general examples."""
+        told = Measured(when)
+        if (score := self._score(self._held_out)) is not None:
+            told = msgspec.structs.replace(told, loss=score.loss, exact=score.exact)
+        if (score := self._score(self._general)) is not None:
+            told = msgspec.structs.replace(told, general=score.loss)
+        return told
+
+    def state(self) -> dict[str, Any]:
+        """All that decides what comes next, as tensors and plain values; later steps do not change it."""
+        return {
+            "step": self.step,
+            "steps": self.steps,
+            "course": self._course.state(),
+            "adapter": [parameter.detach().clone() for parameter in self._trained],
+            "optimizer": self._optimizer.state_dict(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where `state` of the same task was taken."""
+        self.step, self.steps = state["step"], state["steps"]
+        self._course.restore(state["course"])
+        for parameter, stored in zip(self._trained, state["adapter"], strict=True):
+            parameter.data.copy_(stored)
+        self._optimizer.load_state_dict(state["optimizer"])
+
+    def _rows(self, examples: Sequence[Example], cache: int, folder: Path) -> Rows:
+        sequences = [[*example.prompt, *example.answer] for example in examples]
+        states = FrozenStates(self.model, self.first, sequences, limit=cache, folder=folder)
+        answers = [len(example.answer) for example in examples]
+        return Rows(self.model, self.first, states, [len(sequence) for sequence in sequences], answers)
+
+    def _gradients(self, chosen: list[int]) -> tuple[float, int]:
+        """Gather the gradients of a step, a part that fits in memory at a time; the loss, and tokens."""
+        if self.task.objective == "preference":
+            return self._preference_gradients(chosen)
+        loss, total = 0.0, self._train.answer_tokens(chosen)
+        for part in self._train.parts(chosen, self.task.tokens):
+            share = objectives.supervised(self._train, part, total)
+            torch.autograd.backward(share)
+            loss += float(share.detach())
+        return loss, sum(self._train.lengths[number] for number in chosen)
+
+    def _preference_gradients(self, chosen: list[int]) -> tuple[float, int]:
+        if self._reference is None:
+            self._reference = objectives.reference_log_probabilities(self._train, self.task.tokens)
+        loss, tokens = 0.0, 0
+        for pair in chosen:
+            tokens += self._train.lengths[2 * pair] + self._train.lengths[2 * pair + 1]
+        for pairs in _pairs(chosen, self._train.lengths, self.task.tokens):
+            share = objectives.preference(self._train, pairs, len(chosen), self.task.beta, self._reference)
+            torch.autograd.backward(share)
+            loss += float(share.detach())
+        return loss, tokens
+
+    def _score(self, rows: Rows | None) -> Score | None:
+        if rows is None:
+            return None
+        return objectives.measure(rows, range(len(rows.lengths)), self.task.tokens)
+
+
+def _sides(pairs: Sequence[Example]) -> list[Example]:
+    """The preferred and the rejected answer of each pair, one after the other."""
+    both = ((Example(pair.prompt, pair.answer), Example(pair.prompt, pair.rejected)) for pair in pairs)
+    return list(chain.from_iterable(both))
+
+
+def _spread(examples: Sequence[Example], count: int) -> list[Example]:
+    """At most `count` of them, evenly from first to last."""
+    taken = min(count, len(examples))
+    return [examples[index * len(examples) // taken] for index in range(taken)]
+
+
+def _pairs(chosen: Sequence[int], lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Cut pairs into parts of at most so many tokens."""
+    parts: list[list[int]] = []
+    size = 0
+    for pair in sorted(chosen, key=lambda pair: (lengths[2 * pair], pair)):
+        both = lengths[2 * pair] + lengths[2 * pair + 1]
+        if not parts or size + both > tokens:
+            parts.append([])
+            size = 0
+        parts[-1].append(pair)
+        size += both
+    return parts

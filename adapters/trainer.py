@@ -1,0 +1,187 @@
+"""The trainer's process: `python -m lichen.adapters.trainer FOLDER`, started by `launch.py`.
+
+The folder holds task.json and examples.json; it gets events.jsonl and checkpoint.pt, and is held by a lock
+while the process runs. The process has the lowest priority. SIGTERM and SIGINT, or the end of the process
+that started it, end it after the step that runs, with a checkpoint; after `kill -9` it goes on from the
+last one. Exit codes: 0 finished, 3 stopped, 1 failed; an event says more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+import filelock
+import msgspec
+import torch
+
+import lichen
+from lichen.adapters import checkpoint
+from lichen.adapters.events import EventLog, Failed, Finished, Measured, Saved, Started, Stepped, Stopped
+from lichen.adapters.launch import CHECKPOINT, EVENTS, EXAMPLES, LOCK, STOPPED, TASK
+from lichen.adapters.lora_file import write_adapter
+from lichen.adapters.task import Examples, Manifest, Task
+from lichen.adapters.train import Trainer
+from lichen.errors import LichenError, TrainingError
+from lichen.models.load import load_model
+
+
+class Run:
+    """One process's part of a training. Signals only set `stopping`."""
+
+    def __init__(self, folder: Path, tell: EventLog) -> None:
+        self.folder, self.tell = folder, tell
+        self.stopping = False
+        self._parent = os.getppid()
+        examples = (folder / EXAMPLES).read_bytes()
+        self.task = msgspec.json.decode((folder / TASK).read_bytes(), type=Task)
+        self.identity = self.task.identity(examples)
+        self._examples = msgspec.json.decode(examples, type=Examples)
+
+    def stop(self, _signal: int, _frame: FrameType | None) -> None:
+        """End after this step."""
+        self.stopping = True
+
+    def __call__(self) -> int:
+        """Train to the end or until stopped; the exit code."""
+        started = time.monotonic()
+        torch.set_num_threads(self.task.threads)
+        trainer = Trainer(load_model(Path(self.task.model)), self.task, self._examples, self.folder)
+        _limit_memory(self.task.memory)
+        path = self.folder / CHECKPOINT
+        state = checkpoint.load(path, self.identity)
+        if state is None:
+            self.before = trainer.measure("before")
+            if self.task.minutes is not None:
+                trainer.fit_into(self.task.minutes * 60)
+            self._save(trainer)
+        else:
+            trainer.restore(state)
+            self.before = msgspec.convert(state["before"], Measured)
+        self.tell(self.before)
+        self.tell(Started(trainer.step, trainer.steps, trainer.parameters, trainer.rate))
+        if not self._steps(trainer):
+            self.tell(Stopped(trainer.step))
+            return STOPPED
+        after = trainer.measure("after")
+        self.tell(after)
+        place = self._publish(trainer, after)
+        path.unlink()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        self.tell(Finished(str(place), time.monotonic() - started, peak))
+        return 0
+
+    def _steps(self, trainer: Trainer) -> bool:
+        """All steps that are left; False where it was stopped before."""
+        saved = begun = time.monotonic()
+        done = 0
+        while trainer.step < trainer.steps and not self._ending():
+            started = time.monotonic()
+            step = trainer.advance()
+            now = time.monotonic()
+            done += 1
+            left = (now - begun) / done * (trainer.steps - trainer.step)
+            speed = step.tokens / (now - started)
+            self.tell(Stepped(trainer.step, step.epoch, step.loss, step.rate, step.norm, speed, left))
+            if now - saved >= self.task.checkpoint:
+                self._save(trainer)
+                saved = now
+        self._save(trainer)
+        return trainer.step == trainer.steps
+
+    def _ending(self) -> bool:
+        """Whether it was asked to stop, or whoever started it is gone."""
+        return self.stopping or os.getppid() != self._parent
+
+    def _save(self, trainer: Trainer) -> None:
+        state = {**trainer.state(), "identity": self.identity, "before": msgspec.to_builtins(self.before)}
+        checkpoint.save(self.folder / CHECKPOINT, state)
+        self.tell(Saved(trainer.step))
+
+    def _publish(self, trainer: Trainer, after: Measured) -> Path:
+        """Put the adapter and what is known of it into `<output>/<digest>/`, which appears whole."""
+        with Path(self.task.model).open("rb") as file:
+            base = hashlib.file_digest(file, "sha256").hexdigest()
+        output = Path(self.task.output)
+        staged = output / f".{self.identity[:16]}.partial"
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir(parents=True, mode=0o700)
+        write_adapter(trainer.model, staged / "adapter.gguf", self.task.lora, name=self.task.name, base=base)
+        digest = hashlib.sha256((staged / "adapter.gguf").read_bytes()).hexdigest()
+        manifest = Manifest(
+            name=self.task.name,
+            sha256=digest,
+            base=base,
+            task=self.task,
+            first=trainer.first,
+            steps=trainer.steps,
+            rate=trainer.rate,
+            before=msgspec.to_builtins(self.before),
+            after=msgspec.to_builtins(after),
+            lichen=lichen.__version__,
+            torch=str(torch.__version__),
+        )
+        (staged / "adapter.json").write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
+        place = output / digest[:16]
+        shutil.rmtree(place, ignore_errors=True)  # the same bytes, trained before
+        staged.rename(place)
+        return place
+
+
+def _limit_memory(count: int) -> None:
+    """Let the process allocate at most so many bytes from here on; 0 for no limit.
+
+    Linux counts only what is written, not what is mapped (RLIMIT_DATA). Elsewhere it has no effect.
+    """
+    if not count or not sys.platform.startswith("linux"):
+        return
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[5])  # data and stack
+    used = pages * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_DATA, (used + count, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+
+
+def _words(error: BaseException) -> str:
+    if isinstance(error, LichenError):
+        return str(error)
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        return str(
+            TrainingError(
+                "The training needs more memory than it may take.", hint="Lower --rank or the batch."
+            )
+        )
+    return f"An unexpected error ended the training: {type(error).__name__}: {error}."
+
+
+def main(arguments: list[str]) -> int:
+    """Run in the folder that is named; the exit code."""
+    folder = Path(arguments[0])
+    with contextlib.suppress(OSError):  # a sandbox may forbid it
+        os.nice(19)
+    tell = EventLog(folder / EVENTS)
+    try:
+        with filelock.FileLock(folder / LOCK, timeout=0):
+            run = Run(folder, tell)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, run.stop)  # to the very end: asked twice, it must not die of it
+            return run()
+    except filelock.Timeout:
+        tell(Failed("Another process trains in this folder already."))
+    except Exception as error:
+        tell(Failed(_words(error)))
+        if not isinstance(error, LichenError):
+            raise
+    finally:
+        tell.close()
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

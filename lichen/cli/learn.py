@@ -1,0 +1,232 @@
+"""`lichen learn`: an adapter from a file of lessons, trained in a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lichen.cli.settings import complete_model, config_of, megabytes, table
+from lichen.errors import LessonError, RequestError, TrainingError
+
+if TYPE_CHECKING:
+    from lichen.adapters.events import Event, Finished, Measured
+    from lichen.adapters.launch import Training
+    from lichen.adapters.lessons import Report
+    from lichen.adapters.task import Examples
+    from lichen.config import Config
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(learn)
+
+
+def learn(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(help="Lessons as JSON lines, in the form of OpenAI's files.")],
+    name: Annotated[str, typer.Option(help="Name of the adapter.")],
+    model: Annotated[str | None, typer.Option(help="Model to adapt.", autocompletion=complete_model)] = None,
+    epochs: Annotated[int, typer.Option(min=1, max=1000, help="Passes over the lessons.")] = 3,
+    minutes: Annotated[
+        float | None,
+        typer.Option(min=0.01, max=100_000, help="About how long to train; fewer epochs if need be."),
+    ] = None,
+    rank: Annotated[int, typer.Option(min=1, max=1024, help="Size of the adapter.")] = 8,
+    length: Annotated[
+        int, typer.Option(min=16, max=1 << 17, help="Most tokens of an example; longer ones are left out.")
+    ] = 1024,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Decides the order of the lessons and the first numbers.")
+    ] = 0,
+) -> None:
+    """Train an adapter. Ctrl-C keeps what is done; the same command then goes on."""
+    from lichen.adapters.launch import Training, prepare
+    from lichen.adapters.lessons import survey
+    from lichen.adapters.task import LoRAOptions, Task
+    from lichen.api import model_options
+    from lichen.sync.download import hash_file
+
+    if not NAME.fullmatch(name):
+        raise RequestError(f"{name!r} cannot be a name: use lower-case letters, digits, '.', '_' and '-'.")
+    _require_torch()
+    config = config_of(context, model=model)
+    report = survey(file)
+    _say(report)
+    path = _model_file(config)
+    task = Task(
+        name=name,
+        model=str(path.resolve()),
+        output=str((config.home / "adapters" / name).resolve()),
+        lessons=hash_file(file),
+        lora=LoRAOptions(rank=rank, alpha=2.0 * rank),
+        objective="preference" if report.kind == "preference" else "supervised",
+        epochs=epochs,
+        minutes=minutes,
+        seed=seed,
+        threads=model_options(config).threads,
+        memory=_memory(),
+    )
+    folder = config.home / "learning" / "jobs" / name
+    prepare(folder, task, _examples(file, path, length))
+    events = _follow(Training(folder))
+    if events is None:
+        typer.echo("Stopped; the same command goes on from the last step.", err=True)
+        raise typer.Exit(130)
+    _result(events)
+
+
+def _require_torch() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("torch") is None:
+        raise TrainingError(
+            "Learning needs torch, which is not installed.", hint="pip install 'lichen[train]'"
+        )
+
+
+def _say(report: Report) -> None:
+    """What is in the file; raises LessonError after all that is wrong was listed."""
+    for fault in report.faults:
+        typer.echo(str(fault), err=True)
+    if report.fault_count:
+        raise LessonError(
+            f"{report.fault_count:,} of {report.lines:,} lines cannot be learned from.",
+            hint="Mend or delete them.",
+            param="file",
+        )
+    more = f", {report.duplicates:,} duplicates left out" if report.duplicates else ""
+    typer.echo(f"{report.train:,} lessons to learn, {report.held_out:,} to measure with{more}.", err=True)
+
+
+def _model_file(config: Config) -> Path:
+    from lichen.api import local_file
+    from lichen.cli.models import PullDisplay
+    from lichen.sync.store import Store
+
+    if (path := local_file(config.model)) is not None:
+        return path
+    store = Store(config.home / "store", offline=config.offline)
+    with PullDisplay(sys.stderr) as display:
+        manifest = store.resolve(config.model) or asyncio.run(store.pull(config.model, progress=display))
+    return store.blob_path(manifest)
+
+
+def _examples(file: Path, model: Path, length: int) -> Examples:
+    """The lessons as token ids. Raises LessonError when none is left to learn."""
+    from lichen.adapters import general
+    from lichen.adapters.lessons import read_lessons
+    from lichen.adapters.task import Examples
+    from lichen.quant.gguf_check import check_gguf
+    from lichen.runtime.native import Model
+    from lichen.runtime.teaching import Teacher
+
+    check_gguf(model)
+    native = Model(model)
+    try:
+        teacher = Teacher(native, min(length, native.context_train or length))
+        train = teacher.write(read_lessons(file, "train"))
+        held_out = teacher.write(read_lessons(file, "held_out"))
+        known = teacher.write(general.lessons())
+    finally:
+        native.close()
+    if too_long := train.too_long + held_out.too_long:
+        typer.echo(f"{too_long:,} examples are longer than {length:,} tokens and left out.", err=True)
+    if refused := train.refused + held_out.refused:
+        typer.echo(f"{refused:,} lessons are left out: {train.reason or held_out.reason}", err=True)
+    if not train.examples:
+        raise LessonError("No lesson of the file is left to learn from.", param="file")
+    return Examples(train=train.examples, held_out=held_out.examples, general=known.examples)
+
+
+def _memory() -> int:
+    import psutil
+
+    return int(0.8 * psutil.virtual_memory().available)
+
+
+def _follow(training: Training) -> tuple[list[Measured], Finished] | None:
+    """Show a training until it ends; None where it was stopped. Ctrl-C asks it to stop."""
+    from lichen.adapters.events import Finished, Measured
+
+    measured: list[Measured] = []
+    finished: Finished | None = None
+    with LearnDisplay() as display:
+        while True:
+            try:
+                for event in training:
+                    display(event)
+                    if isinstance(event, Measured):
+                        measured.append(event)
+                    elif isinstance(event, Finished):
+                        finished = event
+                break
+            except KeyboardInterrupt:
+                training.stop()
+    return None if finished is None else (measured, finished)
+
+
+class LearnDisplay:
+    """A bar with the loss and the time left on a terminal; elsewhere a line now and then."""
+
+    def __enter__(self) -> LearnDisplay:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[more]}"))
+        self._bar = Progress(*columns, console=Console(file=sys.stderr), transient=True)
+        self._task = self._bar.add_task("measuring", total=None, more="")
+        self._live = sys.stderr.isatty()
+        self._steps = 0
+        if self._live:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+        from lichen.adapters.events import Started, Stepped
+
+        if isinstance(event, Started):
+            self._steps = event.steps
+            again = f", going on at step {event.step}" if event.step else ""
+            typer.echo(f"{event.steps:,} steps, {event.parameters:,} numbers to train{again}.", err=True)
+            self._bar.update(self._task, total=event.steps, completed=event.step, description="training")
+        elif isinstance(event, Stepped):
+            words = f"loss {event.loss:.3f}  {event.tokens_per_second:.0f} tokens/s  {_left(event.left)} left"
+            self._bar.update(self._task, completed=event.step, more=words)
+            if not self._live and (event.step == self._steps or event.step % max(1, self._steps // 10) == 0):
+                typer.echo(f"step {event.step}/{self._steps}  {words}", err=True)
+
+
+def _left(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def _result(events: tuple[list[Measured], Finished]) -> None:
+    measured, finished = events
+    before, after = measured[0], measured[-1]
+    rows = [
+        ("held-out loss", _number(before.loss), _number(after.loss)),
+        ("held-out answers exact", _share(before.exact), _share(after.exact)),
+        ("general loss", _number(before.general), _number(after.general)),
+    ]
+    table("", ("MEASURED", "BEFORE", "AFTER"), rows)
+    typer.echo(f"{finished.seconds:.0f} s, at most {megabytes(finished.memory)} of memory.")
+    typer.echo(finished.folder)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
