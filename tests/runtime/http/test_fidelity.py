@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 
-from tests.conftest import RunningDaemon
+from tests.conftest import RunningDaemon, StartDaemon
 
 MESSAGES: Any = [{"role": "user", "content": "Name three colours."}]
 
@@ -185,10 +185,13 @@ def test_a_wrong_embedding_request_is_a_400(daemon: RunningDaemon, body: Any, wo
     assert word in answer.text
 
 
-def test_an_embedding_is_truncated_only_when_asked(daemon: RunningDaemon) -> None:
-    body = {"input": "moss " * 5000, "truncate": True}
-    answer = httpx.post(f"{daemon.base_url}/embeddings", json=body, timeout=100).json()
-    assert answer["usage"]["prompt_tokens"] == 4096
+def test_an_embedding_is_truncated_only_when_asked(start_daemon: StartDaemon) -> None:
+    small = start_daemon("--slots", "1", "--context", "256")
+    body = {"input": "moss " * 300, "truncate": True}
+    answer = httpx.post(f"{small.base_url}/embeddings", json=body, timeout=60).json()
+    assert answer["usage"]["prompt_tokens"] == 256
+    refused = httpx.post(f"{small.base_url}/embeddings", json={**body, "truncate": False}, timeout=60)
+    assert refused.json()["error"]["code"] == "context_length_exceeded"
 
 
 def test_token_routes(daemon: RunningDaemon) -> None:
