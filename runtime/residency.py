@@ -48,6 +48,8 @@ class Residency:
         available: Callable[[], int] | None = None,
         resident: Callable[[], int] = memory.resident,
     ) -> None:
+        import numpy  # noqa: F401 - drawing needs it: loaded before the count begins, it is no model's memory
+
         heap.one_heap()
         self.shelf = shelf
         self.options = options or PoolOptions()
