@@ -123,9 +123,8 @@ def _mended(body: dict[str, Any]) -> dict[str, Any]:
     mended = dict(body)
     if isinstance(messages := body.get("messages"), list):
         mended["messages"] = [
-            {**{k: v for k, v in message.items() if k != "tool_calls"}, "content": message.get("content") or "x"}
-            if isinstance(message, dict)
-            else message
+            {name: value for name, value in message.items() if name != "tool_calls"}
+            | {"content": message.get("content") or "x"}
             for message in messages[:MESSAGES]
         ]
     if isinstance(prompt := body.get("prompt"), list) and (not prompt or isinstance(prompt[0], str)):
