@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lichen.durable import sync_folder
 from lichen.errors import TrainingError
 
 VERSION = 1
@@ -24,11 +25,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(path.parent)
     except OSError as error:
         raise TrainingError(f"The checkpoint {path} cannot be written: {error.strerror}.") from error
 

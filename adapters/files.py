@@ -21,6 +21,7 @@ from pathlib import Path
 import msgspec
 
 from lichen.adapters.records import LessonKind
+from lichen.durable import sync_folder
 from lichen.errors import JournalError, JournalFull, NotFound, PayloadTooLarge
 
 MAX_FILE = 512 << 20  # bytes, as OpenAI has it
@@ -171,7 +172,7 @@ class FileStore:
         with _translated():
             (self.folder / f"{id}.json").unlink()
             self._content(id).unlink(missing_ok=True)
-            _sync(self.folder)
+            sync_folder(self.folder)
 
     def _content(self, id: str) -> Path:
         return self.folder / f"{id}.jsonl"
@@ -195,7 +196,7 @@ class FileStore:
             stream.flush()
             os.fsync(stream.fileno())
         staged.rename(self.folder / f"{file.id}.json")
-        _sync(self.folder)
+        sync_folder(self.folder)
 
     def _sweep(self) -> None:
         """Remove what a crash left: parts, and contents without a description."""
@@ -224,12 +225,3 @@ def _translated() -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise _no_room() from error
         raise JournalError(f"The file cannot be kept: {error.strerror or error}.") from error
-
-
-def _sync(folder: Path) -> None:
-    """Make a rename in this folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

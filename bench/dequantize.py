@@ -20,9 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from bench.certificate import certificate, close_certificate, model_file, save
+from bench.flags import model_flags
 from bench.numbers import median, paired_ratio, rounded
 from bench.table import Rows, aligned, number
-from lichen.devices.probe import probe
 from lichen.errors import LichenError
 from lichen.quant.ggml import GGMLType, dequantize, quantize, row_bytes
 from lichen.quant.gguf import open_gguf
@@ -35,12 +35,8 @@ Stored = tuple[GGMLType, npt.NDArray[np.uint8], npt.NDArray[np.float32]]  # type
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the table and one JSON line, write the result. 1 when a bit differs or it failed."""
-    flags = argparse.ArgumentParser(
-        prog="python -m bench.dequantize", description="stored weights to float32, beside numpy"
-    )
-    flags.add_argument("--model", default="smollm2-135m", help="a GGUF file, or a model of lichen's store")
+    flags = model_flags("dequantize", "stored weights to float32, beside numpy")
     flags.add_argument("--runs", type=int, default=7)
-    flags.add_argument("--threads", type=int, default=probe().physical_cores)
     flags.add_argument("--rows", type=int, default=4096)
     flags.add_argument("--columns", type=int, default=4096)
     options = flags.parse_args(arguments)

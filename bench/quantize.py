@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +36,6 @@ from lichen.quant.choice import is_matrix, kept_type
 from lichen.quant.divergence import Logits, Tally, mean_and_error
 from lichen.quant.formats import GGMLType
 from lichen.quant.gguf import GGUFFile, GGUFTensor, open_gguf, write_gguf
-from lichen.quant.gguf_header import product
 from lichen.quant.importance import Importance
 from lichen.quant.ledger import Ledger, digest
 from lichen.quant.quantize import quantize_file, read_rows
@@ -155,7 +155,7 @@ class Run:
 
         torch.set_num_threads(self.options.torch_threads)
         with open_gguf(self.reference) as file:
-            weights = sum(product(tensor.shape) for tensor in file.tensors.values())
+            weights = sum(math.prod(tensor.shape) for tensor in file.tensors.values())
             importance = self._timed("importance", lambda: self._importance(file))
             files = self._timed("llama.cpp", lambda: self._peers(importance))
             ours, check = self._mixtures(file, importance, {name: path for (name, _), path in files.items()})

@@ -24,13 +24,13 @@ from typing import Any
 from bench import peer as peers
 from bench.certificate import certificate, close_certificate, model_file, save
 from bench.copying import copying
+from bench.flags import model_flags
 from bench.peer import Peer, Settings
 from bench.prompts import data_folder
 from bench.server import ProcessorWatch, Server, free_port, run_to_end, running
 from bench.stream import exchange, request_bytes
 from bench.structured import answer_of
 from bench.table import aligned, speculation_rows
-from lichen.devices.probe import probe
 from lichen.errors import LichenError
 
 ROUTE = "/v1/chat/completions"
@@ -43,15 +43,13 @@ OWN = ("math_reasoning", "qa", "rag", "summarization", "translation")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the table and one JSON line, write the result. 1 when anything failed."""
-    flags = argparse.ArgumentParser(prog="python -m bench.speculation", description="drafted tokens or none")
-    flags.add_argument("--model", default="smollm2-135m", help="a GGUF file, or a model of lichen's store")
+    flags = model_flags("speculation", "drafted tokens or none")
     flags.add_argument("--drafters", default="suffix", choices=("auto", "suffix", "model"))
     flags.add_argument("--draft-model", help="a GGUF file, for --drafters model or auto")
     flags.add_argument("--questions", type=int, default=8, help="of each kind of work")
     flags.add_argument("--kind", action="append", default=[], help="only these kinds; may repeat")
     flags.add_argument("--tokens", type=int, default=128, help="of an answer, at most")
     flags.add_argument("--budget", type=float, default=10, help="minutes; no question is asked after them")
-    flags.add_argument("--threads", type=int, default=probe().physical_cores)
     flags.add_argument("--context", type=int, default=2048)
     options = flags.parse_args(arguments)
     try:

@@ -3,8 +3,9 @@
     python -m bench.training MODEL [--steps N] [--sequences N] [--tokens N] [--rank N] [--upper] [--answers]
 
 LoRA of that rank on every linear layer of the blocks (--upper: of the upper half, the lower half runs
-without gradients), loss on every position (--answers: on the second half of each sequence). A minimal
-trainer: it shows what `models/` costs, not what `adapters/` does. The best step counts.
+without gradients), loss on every position (--answers: on the second half of each sequence). A bare
+loop around the adapters of `lichen learn`, without its process, cache and checkpoints, which
+`bench/learn.py` has. The best step counts.
 """
 
 from __future__ import annotations
@@ -16,27 +17,12 @@ import time
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
-from lichen.models.decoder import Decoder
+from lichen.adapters.lora import attach, parameters
+from lichen.adapters.task import LoRAOptions
 from lichen.models.load import load_model
 from lichen.models.loss import cross_entropy
 from lichen.models.packing import Packed
-from lichen.quant.linear import QuantLinear
-
-
-class Adapted(nn.Module):
-    """A frozen layer plus B A x, with B zero at first."""
-
-    def __init__(self, layer: QuantLinear, rank: int) -> None:
-        super().__init__()
-        self.layer = layer
-        self.a = nn.Parameter(torch.randn(rank, layer.in_features) / layer.in_features**0.5)
-        self.b = nn.Parameter(torch.zeros(layer.out_features, rank))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [tokens, inputs] to [tokens, outputs]."""
-        return torch.addmm(self.layer(x), x @ self.a.t(), self.b.t())
 
 
 def main() -> None:
@@ -49,9 +35,8 @@ def main() -> None:
         parser.add_argument(flag, action="store_true")
     options = parser.parse_args()
     model = load_model(options.model)
-    first = len(model.blk) // 2 if options.upper else 0
-    trained = adapt(model, first, options.rank)
-    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    first = attach(model, LoRAOptions(rank=options.rank, first=None if options.upper else 0))
+    optimizer = torch.optim.AdamW(parameters(model), lr=1e-4)
     lengths = (options.tokens,) * options.sequences
     packed = Packed(torch.randint(model.vocabulary, (sum(lengths),)), lengths)
     within = torch.arange(sum(lengths)) % options.tokens
@@ -77,18 +62,6 @@ def main() -> None:
         "answers": options.answers,
     }
     print(json.dumps(result))
-
-
-def adapt(model: Decoder, first: int, rank: int) -> list[nn.Parameter]:
-    """Put adapters on the linear layers from block `first` up; their parameters."""
-    trained: list[nn.Parameter] = []
-    for block in model.blocks[first:]:
-        for name, layer in list(block.named_children()):
-            if isinstance(layer, QuantLinear):
-                adapted = Adapted(layer, rank)
-                block.register_module(name, adapted)
-                trained += [adapted.a, adapted.b]
-    return trained
 
 
 if __name__ == "__main__":

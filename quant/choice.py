@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -55,10 +56,7 @@ def bits(kind: GGMLType) -> float:
 
 def stored_bytes(tensor: GGUFTensor, kind: GGMLType) -> int:
     """Bytes of a tensor as that type. Raises TensorError when its rows are no whole blocks."""
-    rows = 1
-    for length in tensor.shape[:-1]:
-        rows *= length
-    return rows * row_bytes(kind, tensor.shape[-1])
+    return math.prod(tensor.shape[:-1]) * row_bytes(kind, tensor.shape[-1])
 
 
 def is_matrix(tensor: GGUFTensor) -> bool:

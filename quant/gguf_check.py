@@ -9,6 +9,7 @@ Not covered: the values of the weights.
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,6 @@ from lichen.quant.gguf_header import (
     HeaderValue,
     TensorSpan,
     array_items,
-    product,
     read_header,
 )
 
@@ -111,7 +111,7 @@ def _summary(data: Bytes, header: Header) -> GGUFSummary:
         architecture=architecture,
         version=header.version,
         tensor_count=len(header.tensors),
-        parameter_count=sum(product(tensor.shape) for tensor in header.tensors),
+        parameter_count=sum(math.prod(tensor.shape) for tensor in header.tensors),
         tensor_bytes=sum(tensor.size for tensor in header.tensors),
         context_train=int(metadata.get(f"{architecture}.context_length", 0)),
         metadata=metadata,

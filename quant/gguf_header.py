@@ -9,6 +9,7 @@ Not covered: what the metadata means, the values of the weights.
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 from collections.abc import Iterator
@@ -254,7 +255,7 @@ class _Reader:
         except ValueError:
             raise self._wrong(f"tensor {name} has the unknown type {number}") from None
         block, block_bytes = BLOCKS[kind]
-        elements = product(shape)
+        elements = math.prod(shape)
         if min(shape) < 1 or elements >= 1 << 62:
             raise self._wrong(f"tensor {name} has the impossible shape {list(shape)}")
         if shape[0] % block:
@@ -264,11 +265,3 @@ class _Reader:
         if offset % alignment or offset > self._size:
             raise self._wrong(f"tensor {name} has the offset {offset}")
         return TensorSpan(name, kind, shape, offset, elements // block * block_bytes)
-
-
-def product(shape: tuple[int, ...]) -> int:
-    """Number of elements, without the overflow of fixed-width numbers."""
-    elements = 1
-    for length in shape:
-        elements *= length
-    return elements

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import mmap
 import os
 import secrets
@@ -14,9 +15,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
+from lichen.durable import sync_folder
 from lichen.errors import DiskFull, LichenError, ModelFileError, StoreError
 from lichen.quant.formats import GGMLType, ValueType, row_bytes, tensor_type
-from lichen.quant.gguf_header import ALIGNMENTS, product, read_header
+from lichen.quant.gguf_header import ALIGNMENTS, read_header
 from lichen.quant.gguf_values import Value, encode, text
 
 # name, type, shape (rows first), bytes of all rows one after the other: a buffer, or (in a list) a function
@@ -70,7 +72,7 @@ def _entry(tensor: TensorItem) -> _Entry:
     kind = tensor_type(number)
     if not 1 <= len(shape) <= 4 or min(shape) < 1:
         raise ModelFileError(f"Tensor {name} has the shape {list(shape)}, but 1 to 4 dimensions are allowed.")
-    size = product(tuple(shape[:-1])) * row_bytes(kind, shape[-1])
+    size = math.prod(shape[:-1]) * row_bytes(kind, shape[-1])
     if not callable(data):  # of a function it shows when it is written
         with _bytes_of(name, data) as view:
             _refuse_size(name, kind, shape, size, view.nbytes)
@@ -127,7 +129,7 @@ def _write_rows(file: BinaryIO, tensor: TensorItem, alignment: int) -> None:
         with _bytes_of(name, piece) as view:
             file.write(view)
             written += view.nbytes
-    _refuse_size(name, kind, shape, product(tuple(shape[:-1])) * row_bytes(kind, shape[-1]), written)
+    _refuse_size(name, kind, shape, math.prod(shape[:-1]) * row_bytes(kind, shape[-1]), written)
     file.write(bytes(-written % alignment))
 
 
@@ -147,7 +149,7 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         _check(partial, path.name)
         partial.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         raise _disk_error(path, partial, error) from error
     finally:
@@ -158,17 +160,6 @@ def _check(partial: Path, name: str) -> None:
     """Raises ModelFileError for what any reader of the file would refuse, such as a name given twice."""
     with partial.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         read_header(data, name)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename durable, where a folder can be opened."""
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _disk_error(path: Path, partial: Path, error: OSError) -> LichenError:

@@ -6,6 +6,7 @@ either program can use what the other gathered. Not covered: the older `.dat` fo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,7 @@ class Importance(Mapping[str, Weights]):
         means = self._means.get(tensor.name)
         if means is None:
             return None
-        matrices = 1
-        for length in tensor.shape[:-2]:
-            matrices *= length
+        matrices = math.prod(tensor.shape[:-2])
         if means.shape[1] != tensor.shape[-1] or means.shape[0] not in (1, matrices):
             raise ModelFileError(
                 f"The importance of {tensor.name} is for {list(means.shape)} columns, but the tensor has "

@@ -26,6 +26,7 @@ from typing import Literal
 
 import msgspec
 
+from lichen.durable import sync_folder
 from lichen.errors import HashMismatch, ModelFileError, NotFound, OfflineError, SourceError, StoreError
 from lichen.quant.gguf_check import GGUFSummary, check_gguf
 from lichen.sync.catalog import CATALOG
@@ -216,7 +217,7 @@ class Store:
                 os.fsync(file.fileno())
             staged.chmod(0o444)
             staged.replace(blob)
-            _sync_folder(blob.parent)
+            sync_folder(blob.parent)
         return blob
 
     def _free_name(self, file_name: str, digest: str) -> str:
@@ -281,7 +282,7 @@ class Store:
             file.flush()
             os.fsync(file.fileno())
         staged.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
         return manifest
 
     @asynccontextmanager
@@ -377,12 +378,3 @@ def _member(bundle: zipfile.ZipFile, member: str) -> zipfile.ZipInfo:
             hint=f"GGUF files: {there}.",
         )
     return wanted[0]
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in this folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,12 +29,9 @@ def bits_by_layer(file: GGUFFile, types: Mapping[str, GGMLType]) -> dict[str, tu
             continue
         found = _LAYER.fullmatch(name)
         row = f"layer {found[1]}" if found else name.removesuffix(".weight")
-        weights = 1
-        for length in tensor.shape:
-            weights *= length
         total = sizes.setdefault(row, [0, 0])
         total[0] += stored_bytes(tensor, types[name])
-        total[1] += weights
+        total[1] += math.prod(tensor.shape)
         kinds.setdefault(row, {})[types[name].name] = None
     return {row: (8 * size / weights, ", ".join(kinds[row])) for row, (size, weights) in sizes.items()}
 

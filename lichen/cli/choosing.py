@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from lichen.cli.texts import Stages, read_texts, tokens_of
 from lichen.errors import ConfigError, ModelFileError
+from lichen.sync.download import hash_file
 
 if TYPE_CHECKING:
     from lichen.models.decoder import Decoder
@@ -62,7 +62,7 @@ def choose(path: Path, file: GGUFFile, request: Request, folder: Path, stages: S
         from lichen.models.mixture import KINDS, check_budget
 
         check_budget(file, request.kinds or KINDS, request.budget)  # before minutes of measuring
-    key = sha256_of(path)
+    key = hash_file(path)
     if importance is None:
         importance = _gathered(model, key, tokens, request, folder, stages)
     if request.kind is not None:
@@ -180,9 +180,3 @@ def _largest_within(file: GGUFFile, request: Request) -> GGMLType:
             f"{min(sizes.values()) + header_bytes(file):,}."
         )
     return max(within, key=bits)
-
-
-def sha256_of(path: Path) -> str:
-    """Of a file's bytes."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

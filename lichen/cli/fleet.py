@@ -53,7 +53,7 @@ def init(
 ) -> None:
     """Make a repository, its keys, and the bundle that enrols devices."""
     _needs_extra()
-    from lichen.sync.durable import write_file
+    from lichen.durable import write_file
     from lichen.sync.trust.enrolment import Enrolment, read_enrolment, write_enrolment
 
     draft = Enrolment(fleet=name, root=b"{}", mirrors=tuple(mirror), tags=_tags(tag or []))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,10 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lichen.cli.choosing import MEASURED_WINDOW, WINDOW, Chosen, Request, choose, sha256_of
+from lichen.cli.choosing import MEASURED_WINDOW, WINDOW, Chosen, Request, choose
 from lichen.cli.settings import config_of, megabytes, table
 from lichen.cli.texts import Stages, model_path, read_texts, tokens_of
 from lichen.errors import ConfigError
+from lichen.sync.download import hash_file
 
 if TYPE_CHECKING:
     from lichen.quant.gguf import GGUFFile
@@ -148,7 +150,7 @@ def _request(
     if bits is not None:
         if not 0 < bits <= 32:
             raise ConfigError(f"--bits is {bits:g}, but must be above 0 and at most 32.")
-        weights = sum(_weights(tensor.shape) for tensor in file.tensors.values())
+        weights = sum(math.prod(tensor.shape) for tensor in file.tensors.values())
         budget = int(weights * bits / 8) + header_bytes(file)
     kinds = None if types is None else [type_named(name) for name in types.split(",")]
     kind = None if type is None else type_named(type)
@@ -170,13 +172,6 @@ def size_of(text: str) -> int:
     return int(count)
 
 
-def _weights(shape: Sequence[int]) -> int:
-    count = 1
-    for length in shape:
-        count *= length
-    return count
-
-
 # ---- writing and telling --------------------------------------------------------------------------
 
 
@@ -188,7 +183,7 @@ def write(path: Path, file: GGUFFile, target: Path, chosen: Chosen, stages: Stag
         done = f"tensor {now.tensors_done} of {now.tensors}, {megabytes(now.bytes_done)}"
         stages("writing", now.bytes_done, now.bytes, done)
 
-    lineage: dict[str, Any] = {"lichen.source.sha256": sha256_of(path), "lichen.source.file": path.name}
+    lineage: dict[str, Any] = {"lichen.source.sha256": hash_file(path), "lichen.source.file": path.name}
     if chosen.importance is not None:
         lineage |= {
             "quantize.imatrix.dataset": chosen.importance.text,
@@ -200,11 +195,11 @@ def write(path: Path, file: GGUFFile, target: Path, chosen: Chosen, stages: Stag
 def _record(path: Path, file: GGUFFile, target: Path, chosen: Chosen) -> dict[str, Any]:
     from lichen.quant.choice import is_matrix
 
-    weights = sum(_weights(tensor.shape) for tensor in file.tensors.values())
+    weights = sum(math.prod(tensor.shape) for tensor in file.tensors.values())
     held: dict[str, int] = {}
     for name, kind in chosen.types.items():
         if is_matrix(file.tensors[name]):
-            held[kind.name] = held.get(kind.name, 0) + _weights(file.tensors[name].shape)
+            held[kind.name] = held.get(kind.name, 0) + math.prod(file.tensors[name].shape)
     return {
         "source": path.name,
         "target": str(target),

@@ -24,6 +24,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from lichen.durable import write_file
 from lichen.errors import ConfigError, NotFound
 
 PREFIX = "lk-"
@@ -186,17 +187,9 @@ class KeyStore:
         content = msgspec.json.format(msgspec.json.encode(_File(version=1, keys=keys)), indent=2)
         if len(content) > FILE_LIMIT:
             raise ConfigError(f"The key file {self.path} is full.", hint="Delete it and make new keys.")
-        staged = self.path.with_name(f"{self.path.name}.{secrets.token_hex(4)}.tmp")
         try:
-            handle = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(handle, "wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            staged.replace(self.path)
-            _sync_folder(self.path.parent)
+            write_file(self.path, content, mode=0o600)
         except OSError as error:
-            staged.unlink(missing_ok=True)
             reason = error.strerror or str(error)
             raise ConfigError(f"The key file {self.path} cannot be written: {reason}.") from error
         self._next_look = 0.0
@@ -231,12 +224,3 @@ def _digest(secret: str) -> str:
     Slow hashes protect passwords that people choose; here one would only make each request slow.
     """
     return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in this folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

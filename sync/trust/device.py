@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from lichen.durable import sync_folder, write_file
 from lichen.errors import FleetError, HashMismatch, MetadataExpired, NotFound, SourceError, TrustError
 from lichen.sync.download import check_space, write_error
-from lichen.sync.durable import sync_folder, write_file
 from lichen.sync.manifest import AnyManifest, read_manifest
 from lichen.sync.trust.enrolment import Enrolment, read_enrolment, write_enrolment
 from lichen.sync.trust.fetching import Fetcher, fetcher_for, read

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import msgspec
 
+from lichen.durable import sync_folder, write_file
 from lichen.errors import FleetError, TrustError
-from lichen.sync.durable import sync_folder, write_file
 
 LIMIT = 256 << 20  # bytes of a file that is looked at
 _HEADER = b"lichen trusted metadata 1 sha256 "

@@ -10,8 +10,8 @@ from typing import TypeVar
 from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import Metadata, Root, Signed, Snapshot, Targets, Timestamp
 
+from lichen.durable import write_file
 from lichen.errors import FleetError
-from lichen.sync.durable import write_file
 
 TOP_LEVEL = ("root", "targets", "snapshot", "timestamp")
 _VERSIONED = re.compile(r"([1-9][0-9]{0,8})\.([a-z]+)\.json")

@@ -33,8 +33,8 @@ from securesystemslib.signer import (
     SSlibKey,
 )
 
+from lichen.durable import write_file
 from lichen.errors import FleetError
-from lichen.sync.durable import write_file
 
 SCHEME = "lichen-file"
 SHORTEST = 8  # characters of a passphrase

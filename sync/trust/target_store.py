@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Protocol
 
+from lichen.durable import sync_folder
 from lichen.errors import FleetError
-from lichen.sync.durable import sync_folder
 
 
 class TargetStore(Protocol):

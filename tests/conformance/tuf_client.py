@@ -20,8 +20,8 @@ from urllib.parse import quote
 
 import httpx
 
+from lichen.durable import write_file
 from lichen.errors import LichenError, NotFound
-from lichen.sync.durable import write_file
 from lichen.sync.trust.device import follow
 from lichen.sync.trust.fetching import HttpFetcher, read
 from lichen.sync.trust.record import Record

@@ -11,8 +11,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np  # noqa: F401 - the engine draws with it; the program keeps it, so no model's memory counts it
-
 from lichen.api import load_file
 from lichen.quant.gguf_check import check_gguf
 from lichen.runtime import memory, native

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
+
+from tests.sync.local_server import LocalServer
 
 
-class ModelServer:
+class ModelServer(LocalServer):
     """Serves `files` by path. Counts what it sent; can throttle, cut, lie and change."""
 
     def __init__(self) -> None:
@@ -22,15 +23,7 @@ class ModelServer:
         self.extra = b""  # sent after the announced end
         self.redirects: dict[str, str] = {}
         self.answers: dict[str, Callable[[str], tuple[int, dict[str, str], bytes]]] = {}
-        handler = type("Handler", (_Handler,), {"models": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def close(self) -> None:
-        """Stop serving."""
-        self._server.shutdown()
-        self._server.server_close()
+        super().__init__(_Handler, "models")
 
 
 class _Handler(BaseHTTPRequestHandler):

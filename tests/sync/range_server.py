@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
+from tests.sync.local_server import LocalServer
 
-class RangeServer:
+
+class RangeServer(LocalServer):
     """Serves the files under `folder`. pause: seconds for each 64 KiB. ignore_ranges: send whole files."""
 
     def __init__(self, folder: Path) -> None:
@@ -16,15 +17,7 @@ class RangeServer:
         self.pause = 0.0
         self.ignore_ranges = False
         self.requests: list[tuple[str, str]] = []  # path and range
-        handler = type("Handler", (_Handler,), {"mirror": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def close(self) -> None:
-        """Stop serving."""
-        self._server.shutdown()
-        self._server.server_close()
+        super().__init__(_Handler, "mirror")
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""Writing a small file so that a reader sees the old one or the new one, also after a power cut."""
+"""Files that a reader sees whole, the old one or the new one, also after a power cut."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def write_file(path: Path, data: bytes, *, mode: int = 0o644) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in this folder durable."""
+    """Make renames in this folder durable, where a folder can be opened. Raises OSError."""
+    if os.name == "nt":
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
