@@ -16,10 +16,11 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from lichen.sync.manifest import Name, Sha256
+from lichen.sync.manifest import Sha256
 from lichen.sync.rollout import (
     DeviceFacts,
     Gates,
+    Hardware,
     Policy,
     Share,
     Tags,
@@ -28,28 +29,40 @@ from lichen.sync.rollout import (
     stop,
     wave_of,
 )
+from lichen.sync.updates.states import Cause, State
 
-UpdateState = Literal[
-    "offered", "downloading", "downloaded", "staged", "active", "confirmed", "rolled_back", "failed"
-]
-SETTLED: frozenset[UpdateState] = frozenset({"confirmed", "rolled_back"})
+BLAMED: frozenset[Cause] = frozenset(
+    {"timed_out", "refused", "unhealthy"}
+)  # causes that speak of the version
 
 
 class Outcome(Struct, frozen=True, kw_only=True):
     """Where one device stands with one version (`sha256`).
 
+    cause: why it was rolled back; one that was cancelled or overtaken by another says nothing of the version.
     errors: share of requests that failed since it is active. quality: of its health prompts, 0 to 1.
     speed: tokens/s over tokens/s before. None where it has not measured.
     """
 
     device: Sha256
     sha256: Sha256
-    state: UpdateState
+    state: State
+    cause: Cause = ""
     tags: Tags = {}
-    hardware: Name | Literal[""] = ""
+    hardware: Hardware = ""
     errors: Share | None = None
     quality: Share | None = None
     speed: Annotated[float, Meta(ge=0, le=1e6)] | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether the device gave the version up because of what it is."""
+        return self.state == "rolled_back" and self.cause in BLAMED
+
+    @property
+    def settled(self) -> bool:
+        """Whether the device has come to an opinion of the version."""
+        return self.state == "confirmed" or self.failed
 
 
 class Tally(Struct, frozen=True, kw_only=True):
@@ -73,13 +86,13 @@ class Verdict(Struct, frozen=True, kw_only=True):
 
 def tally(policy: Policy, outcomes: Iterable[Outcome]) -> Tally:
     """Count the devices of the open waves that report on this version."""
-    settled = [each for each in outcomes if each.state in SETTLED and _counts(policy, each)]
+    settled = [each for each in outcomes if each.settled and _counts(policy, each)]
     errors = [each.errors for each in settled if each.errors is not None]
     quality = [each.quality for each in settled if each.quality is not None]
     speed = [each.speed for each in settled if each.speed is not None]
     return Tally(
         reports=len(settled),
-        rollbacks=sum(each.state == "rolled_back" for each in settled),
+        rollbacks=sum(each.failed for each in settled),
         errors=fmean(errors) if errors else None,
         quality=fmean(quality) if quality else None,
         speed=median(speed) if speed else None,

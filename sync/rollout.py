@@ -26,8 +26,9 @@ from msgspec import Meta, Struct
 
 from lichen.errors import FleetError, ManifestError
 from lichen.sync.manifest import Name, Sha256, Words
+from lichen.sync.updates.health import Health
 
-LIMIT = 1 << 16  # bytes of a policy
+LIMIT = 1 << 18  # bytes of a policy
 SCHEMA = 1
 
 Kind = Literal["models", "adapters", "mixtures", "checkpoints"]
@@ -35,6 +36,7 @@ RolloutState = Literal["running", "paused", "stopped", "rolled_back"]
 Share = Annotated[float, Meta(ge=0, le=1)]
 Seconds = Annotated[float, Meta(ge=0, le=3.2e9)]
 Time = Annotated[datetime.datetime, Meta(tz=True)]
+Hardware = Annotated[str, Meta(pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]{0,127})?\Z")]  # "": not known
 Tags = Annotated[dict[Name, Words], Meta(max_length=64)]
 
 
@@ -84,8 +86,8 @@ class Wave(Struct, frozen=True, kw_only=True):
 class Policy(Struct, frozen=True, kw_only=True):
     """A rollout as it is signed. opened: how many of the waves are open, since `opened_at` the last.
 
-    previous: None if there is none to go back to. on_failure: what a wave that fails its gates leads to.
-    reason: why it is in this state, for people.
+    previous: None if there is none to go back to. health: the bar of each device's trial. on_failure: what
+    a wave that fails its gates leads to. reason: why it is in this state, for people.
     """
 
     kind: Kind
@@ -97,6 +99,7 @@ class Policy(Struct, frozen=True, kw_only=True):
     opened_at: Time
     state: RolloutState = "running"
     on_failure: Literal["stopped", "rolled_back"] = "rolled_back"
+    health: Health | None = None
     salt: Annotated[str, Meta(max_length=300)] = ""
     reason: Annotated[str, Meta(max_length=400)] = ""
 

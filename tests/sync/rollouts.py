@@ -8,7 +8,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from lichen.sync.gates import SETTLED, Outcome
+from lichen.sync.gates import Outcome
 from lichen.sync.rollout import DeviceFacts, Gates, Policy, Release, Wave
 
 NOW = datetime.datetime(2026, 11, 24, 12, tzinfo=datetime.UTC)
@@ -88,7 +88,8 @@ outcomes = st.lists(
         Outcome,
         device=st.integers(0, 10_000).map(device_id),
         sha256=digests,
-        state=st.sampled_from(["offered", "downloading", *sorted(SETTLED)]),
+        state=st.sampled_from(["offered", "downloading", "confirmed", "rolled_back"]),
+        cause=st.sampled_from(["", "cancelled", "superseded", "unhealthy", "timed_out"]),
         tags=tags,
         hardware=hardware,
         errors=st.none() | st.floats(0, 1),

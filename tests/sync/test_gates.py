@@ -18,7 +18,7 @@ LATER = NOW + datetime.timedelta(hours=2)
 
 def of(good: int, bad: int = 0, **fields: Any) -> list[Outcome]:
     return [outcome(n, **fields) for n in range(good)] + [
-        outcome(good + n, state="rolled_back") for n in range(bad)
+        outcome(good + n, state="rolled_back", cause="unhealthy") for n in range(bad)
     ]
 
 
@@ -95,6 +95,7 @@ def test_only_devices_of_open_waves_with_this_version_count() -> None:
     assert 5 < inside < 40
     assert tally(rollout, of(2000, sha256=OLD.sha256)).reports == 0
     assert tally(rollout, of(2000, state="active")).reports == 0
+    assert tally(rollout, of(2000, state="rolled_back", cause="superseded")).reports == 0
     assert tally(msgspec.structs.replace(rollout, opened=2), of(2000)).reports == 2000
 
 

@@ -225,7 +225,7 @@ def test_a_lie_is_no_policy(lie: Lie) -> None:
         read_policy(json.dumps(document).encode())
 
 
-@pytest.mark.parametrize("data", [b"", b"\xff", b"[" * 60_000, b"null", b"{}", b" " * (LIMIT + 1)])
+@pytest.mark.parametrize("data", [b"", b"\xff", b"[" * 200_000, b"null", b"{}", b" " * (LIMIT + 1)])
 def test_bytes_that_are_no_policy(data: bytes) -> None:
     with pytest.raises(ManifestError, match="policy is"):
         read_policy(data)
