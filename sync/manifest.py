@@ -14,6 +14,8 @@ import msgspec
 from msgspec import Meta, Struct
 
 from lichen.errors import ManifestError
+from lichen.sync.recipe import MAX_RECIPE
+from lichen.sync.updates.health import Health
 
 KINDS = ("models", "adapters", "mixtures", "checkpoints", "policies")
 
@@ -31,14 +33,26 @@ class Ancestor(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     sha256: Sha256 | None = None
 
 
+class RecipeFile(Struct, frozen=True, kw_only=True):
+    """The recipe of a target's chunks, so that mirrors cannot lie about it. sha256: hex. size: bytes."""
+
+    sha256: Sha256
+    size: Annotated[int, Meta(ge=1, le=MAX_RECIPE)]
+
+
 class Manifest(Struct, frozen=True, kw_only=True, tag_field="kind"):
-    """What every kind has. size: bytes. licence: an SPDX expression. lineage: nearest ancestor first."""
+    """What every kind has. size: bytes. licence: an SPDX expression. lineage: nearest ancestor first.
+
+    health: the bar of the trial on a device. recipe: None for a target that comes as one whole file.
+    """
 
     name: Name
     size: Count
     licence: Words
     lineage: Annotated[tuple[Ancestor, ...], Meta(max_length=64)] = ()
     min_lichen: Annotated[str, Meta(max_length=24)] = "0.1"
+    health: Health | None = None
+    recipe: RecipeFile | None = None
 
     @property
     def kind(self) -> str:
@@ -65,18 +79,11 @@ class AdapterManifest(Manifest, frozen=True, kw_only=True, tag="adapters"):
     rank: Annotated[int, Meta(ge=1, le=4096)] | None = None
 
 
-class Share(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One adapter of a mixture and its weight."""
-
-    sha256: Sha256
-    weight: Annotated[float, Meta(ge=-16, le=16)]
-
-
 class MixtureManifest(Manifest, frozen=True, kw_only=True, tag="mixtures"):
-    """Adapters of one base that are applied together."""
+    """A mixture of data to train on (mixture.py). sources, examples: how many, 0 if not known."""
 
-    base: Sha256
-    shares: Annotated[tuple[Share, ...], Meta(min_length=1, max_length=64)]
+    sources: Count = 0
+    examples: Count = 0
 
 
 class CheckpointManifest(Manifest, frozen=True, kw_only=True, tag="checkpoints"):

@@ -22,6 +22,7 @@ from lichen.durable import sync_folder, write_file
 from lichen.errors import FleetError, HashMismatch, MetadataExpired, NotFound, SourceError, TrustError
 from lichen.sync.download import check_space, write_error
 from lichen.sync.manifest import AnyManifest, read_manifest
+from lichen.sync.pace import Pace
 from lichen.sync.trust.enrolment import Enrolment, read_enrolment, write_enrolment
 from lichen.sync.trust.fetching import Fetcher, fetcher_for, read
 from lichen.sync.trust.record import Record
@@ -164,12 +165,19 @@ class Device:
         return bind(found, running=running)
 
     async def download(
-        self, target: FleetTarget, destination: Path, mirrors: Sequence[Fetcher] | None = None
+        self,
+        target: FleetTarget,
+        destination: Path,
+        mirrors: Sequence[Fetcher] | None = None,
+        pace: Pace | None = None,
     ) -> None:
-        """Fetch a target's plain file; `destination` appears only when it is whole and its hash is right."""
+        """Fetch a target's plain file; `destination` appears only when it is whole and its hash is right.
+
+        `bringing.py` is the way that fetches only what is missing.
+        """
 
         async def from_one(mirror: Fetcher) -> None:
-            await _download(mirror, target, destination)
+            await _download(mirror, target, destination, pace)
 
         await self._first_that_can(from_one, mirrors)
 
@@ -255,7 +263,7 @@ def bind(found: Found, *, running: str) -> FleetTarget:
     return FleetTarget(manifest, digest, file.length, found.names.get("sha256", file.path))
 
 
-async def _download(mirror: Fetcher, target: FleetTarget, destination: Path) -> None:
+async def _download(mirror: Fetcher, target: FleetTarget, destination: Path, pace: Pace | None) -> None:
     digest, size = hashlib.sha256(), 0
     partial = destination.with_name(f".{destination.name}.part")
     try:
@@ -265,6 +273,8 @@ async def _download(mirror: Fetcher, target: FleetTarget, destination: Path) -> 
             async for data in mirror.stream(f"targets/{target.file_name}", target.size):
                 digest.update(data)
                 size += len(data)
+                if pace is not None:
+                    await pace.take(len(data))
                 await asyncio.to_thread(file.write, data)
             file.flush()
             await asyncio.to_thread(os.fsync, file.fileno())

@@ -107,7 +107,8 @@ def verdict(health: Health, now: Measured, before: Measured | None) -> str:
     if now.passed < math.ceil(health.passes * now.asked - 1e-9):
         return f"It answered {now.passed} of {now.asked} health prompts as expected."
     if health.perplexity is not None and not (now.perplexity or math.inf) <= health.perplexity:
-        return f"Its perplexity is {now.perplexity or math.inf:.2f}, and at most {health.perplexity:.2f} was asked."
+        found = now.perplexity or math.inf
+        return f"Its perplexity is {found:.2f}, and at most {health.perplexity:.2f} was asked."
     bar = health.rate
     if before is not None and before.rate is not None:
         bar = max(bar, health.rate_share * before.rate)

@@ -14,10 +14,11 @@ from typing import Literal, get_args
 import msgspec
 
 from lichen.errors import FleetError
+from lichen.sync.manifest import AnyManifest
 from lichen.sync.updates.health import Health, Measured
 
 State = Literal["offered", "downloading", "downloaded", "staged", "active", "confirmed", "rolled_back"]
-Cause = Literal["", "cancelled", "timed_out", "superseded", "refused", "unhealthy"]
+Cause = Literal["", "cancelled", "timed_out", "superseded", "refused", "failed", "unhealthy"]
 
 STATES: tuple[State, ...] = get_args(State)
 LAST: frozenset[State] = frozenset({"confirmed", "rolled_back"})
@@ -42,8 +43,8 @@ TIMEOUTS: dict[State, float] = {  # seconds
 class Assignment(msgspec.Struct, frozen=True, kw_only=True):
     """What this device should have under a name. A rollout decides it; without one it is asked for.
 
-    slot: kind and name that it is used by, such as "models/support" for `fleet:support`. target: the path that
-    the fleet signed, such as "models/support-7"; the same as the slot where nothing else is said.
+    slot: kind and name that it is used by, such as "models/support" for `fleet:support`. target: the path
+    that the fleet signed, such as "models/support-7"; the same as the slot where nothing else is said.
     sha256: of the target's bytes, in hex; None takes what the path holds now. health: the bar of the trial,
     over that of the target's manifest. rollout: what decided it, for the report.
     """
@@ -59,7 +60,9 @@ class Update(msgspec.Struct, frozen=True, kw_only=True):
     """One update of one slot. sha256: hex, of the target's bytes. size: bytes. Times: seconds since 1970.
 
     before: sha256 of the version that it replaces, "" for none. entered: when it came into its state.
-    cause and reason: why it was rolled back. trials: how often the health prompt was begun.
+    cause and reason: why it was rolled back (refused: it does not fit here; failed: this machine could not;
+    unhealthy: it failed its trial and is never tried again). trials: how often the health prompt was begun.
+    manifest: what the target says of itself. cancel: somebody asked for its end.
     """
 
     id: int
@@ -67,6 +70,7 @@ class Update(msgspec.Struct, frozen=True, kw_only=True):
     target: str
     sha256: str
     size: int
+    manifest: AnyManifest
     state: State
     begun: float
     entered: float
@@ -76,6 +80,8 @@ class Update(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""
     trials: int = 0
     measured: Measured | None = None
+    health: Health | None = None
+    cancel: bool = False
 
     @property
     def ended(self) -> bool:

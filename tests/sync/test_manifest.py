@@ -93,7 +93,7 @@ def test_a_missing_field_or_manifest_is_named() -> None:
         with pytest.raises(ManifestError, match="has no manifest"):
             read_manifest(nothing, running=RUNNING)
     with pytest.raises(ManifestError, match="malformed"):
-        read_manifest(manifest("mixtures/it", 1, shares=[]), running=RUNNING)
+        read_manifest(manifest("mixtures/it", 1, sources=-1), running=RUNNING)
     with pytest.raises(ManifestError, match="malformed"):
         read_manifest(manifest("checkpoints/it", 1, use="anything"), running=RUNNING)
 
