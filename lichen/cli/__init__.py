@@ -11,6 +11,7 @@ import typer
 import lichen
 from lichen.cli import (
     answer,
+    collect,
     evaluate,
     feedback,
     fleet,
@@ -19,6 +20,7 @@ from lichen.cli import (
     learn,
     models,
     quantize,
+    rollouts,
     serve,
     top,
 )
@@ -33,7 +35,21 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (answer, serve, models, quantize, evaluate, keys, feedback, learn, fleet, inspect, top):
+for group in (
+    answer,
+    serve,
+    models,
+    quantize,
+    evaluate,
+    keys,
+    feedback,
+    learn,
+    rollouts,
+    collect,
+    fleet,
+    inspect,
+    top,
+):
     group.register(app)
 
 
