@@ -131,6 +131,10 @@ class Publisher:
             self._release({manifest.kind: role})
             return target
 
+    def listed(self, kind: str) -> dict[str, TargetFile]:
+        """The targets that a kind's role lists now, by path. Raises FleetError."""
+        return dict(self._repository.targets(kind).targets)
+
     def withdraw(self, path: str) -> None:
         """Take a target out of the metadata; its bytes stay for devices that are under way."""
         with self._changing():
