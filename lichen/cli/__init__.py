@@ -14,6 +14,7 @@ from lichen.cli import (
     evaluate,
     feedback,
     fleet,
+    fleet_device,
     inspect,
     keys,
     learn,
@@ -33,7 +34,20 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (answer, serve, models, quantize, evaluate, keys, feedback, learn, fleet, inspect, top):
+for group in (
+    answer,
+    serve,
+    models,
+    quantize,
+    evaluate,
+    keys,
+    feedback,
+    learn,
+    fleet,
+    fleet_device,
+    inspect,
+    top,
+):
     group.register(app)
 
 

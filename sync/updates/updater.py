@@ -114,6 +114,16 @@ class Updater:
             await asyncio.to_thread(self._tidy)
             return outcomes
 
+    async def drop(self, slot: str) -> None:
+        """Take a slot out of use and end its update. Raises FleetError where another process is at it."""
+        async with self._locked():
+            await self._recover()
+            update = self.ledger.latest().get(slot)
+            if update is not None and not update.ended:
+                self._end(update, "superseded", "The fleet took it back.")
+            self.slots.drop(slot)
+            await asyncio.to_thread(self._tidy)
+
     async def cancel(self, slot: str) -> Update:
         """End the update of a slot; one on trial goes back to the old version. Raises FleetError.
 
@@ -258,14 +268,14 @@ class Updater:
         if health.rate_share and slot.previous is not None and health.prompts:
             old = staging.installed(self._store, update.slot, slot.previous)
             with suppress(LichenError):  # an old version that fails sets no bar
-                before = measured(health, await trial.answers(old, health.prompts), None)
+                before = measured(health, await trial.answers(old, health.prompts), None).rate
         assert slot.active is not None, "it was switched to"
         new = staging.installed(self._store, update.slot, slot.active)
         answers = await trial.answers(new, health.prompts) if health.prompts else []
         scored = health.perplexity is not None and health.text
         perplexity = await trial.perplexity(new, health.text) if scored else None
-        found = measured(health, answers, perplexity)
-        return found, verdict(health, found, before)
+        found = msgspec.structs.replace(measured(health, answers, perplexity), rate_before=before)
+        return found, verdict(health, found)
 
     def _enter(self, update: Update, state: State) -> Update:
         entered = self.ledger.save(advanced(update, state, self._clock()))

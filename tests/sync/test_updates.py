@@ -109,12 +109,11 @@ async def test_the_speed_of_the_old_version_is_a_bar(machine: Machine) -> None:
 
 def test_the_verdict() -> None:
     bar = Health(text="moss", perplexity=10.0, prompts=ASKS.prompts, passes=0.5)
-    fine = Measured(asked=3, passed=2, rate=1.0, perplexity=10.0)
-    assert verdict(bar, fine, None) == ""
-    assert "1 of 3" in verdict(bar, Measured(asked=3, passed=1, perplexity=2.0), None)
-    assert "12.00" in verdict(bar, Measured(asked=0, passed=0, perplexity=12.0), None)
-    assert "inf" in verdict(bar, Measured(), None), "nothing measured is nothing shown"
-    assert "nan" in verdict(bar, Measured(perplexity=float("nan")), None)
+    assert verdict(bar, Measured(asked=3, passed=2, rate=1.0, perplexity=10.0)) == ""
+    assert "1 of 3" in verdict(bar, Measured(asked=3, passed=1, perplexity=2.0))
+    assert "12.00" in verdict(bar, Measured(perplexity=12.0))
+    assert "inf" in verdict(bar, Measured()), "nothing measured is nothing shown"
+    assert "nan" in verdict(bar, Measured(perplexity=float("nan")))
 
 
 async def test_no_memory_for_a_trial_is_no_mark_against_a_version(machine: Machine) -> None:
