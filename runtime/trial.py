@@ -8,8 +8,8 @@ machine gives the same words.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 CONTEXT = 2048  # tokens; a health prompt and its answer have fewer
 WINDOW = 256  # tokens of a stretch of the scored text
-
-Running = Callable[[Installed], AbstractAsyncContextManager[ServedModel]]
 
 
 class EngineTrial:
@@ -89,7 +87,7 @@ async def _answer(model: ServedModel, prompt: Prompt) -> Answer:
     )
     (generation,) = await model.chat([{"role": "user", "content": prompt.text}], options)
     said: list[str] = []
-    async with aclosing(generation):
+    with closing(generation):
         async for event in generation:
             if isinstance(event, Piece):
                 said.append(event.text)

@@ -18,6 +18,7 @@ from lichen.cli import (
     inspect,
     keys,
     learn,
+    mixture,
     models,
     quantize,
     serve,

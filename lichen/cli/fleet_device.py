@@ -14,7 +14,7 @@ import typer
 import lichen
 from lichen.cli.fleet import AsJson, _device, _show, fleet
 from lichen.cli.settings import config_of, megabytes, table
-from lichen.errors import FleetError, OfflineError
+from lichen.errors import FleetError, OfflineError, SourceError
 
 if TYPE_CHECKING:
     from lichen.sync.meter import FetchProgress
@@ -144,7 +144,16 @@ def _pull(context: typer.Context, targets: list[str], urls: tuple[str, ...], rat
     trial = EngineTrial(threads=threads, memory_limit=config.memory_limit)
     with _member(context, trial, urls) as member, _Display() as display:
         pace = RateLimit(rate) if rate else None
-        return asyncio.run(member.pull(targets, progress=display, pace=pace))
+
+        async def pull_and_tell() -> list[Outcome]:
+            outcomes = await member.pull(targets, progress=display, pace=pace)
+            try:
+                await member.tell()
+            except (FleetError, SourceError) as error:
+                print(f"Reports wait for the next time: {error}", file=sys.stderr)
+            return outcomes
+
+        return asyncio.run(pull_and_tell())
 
 
 class _member:

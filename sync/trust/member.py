@@ -20,7 +20,7 @@ from lichen.errors import FleetError, ManifestError
 from lichen.sync.manifest import KINDS
 from lichen.sync.meter import Progress
 from lichen.sync.pace import Pace
-from lichen.sync.reporting.reporter import Reporter
+from lichen.sync.reporting.reporter import Reporter, http_post
 from lichen.sync.reporting.wire import UpdateReport
 from lichen.sync.rollout import LIMIT, DeviceFacts, Policy, decide, read_policy
 from lichen.sync.store import Store
@@ -102,6 +102,15 @@ class Member:
                 except ManifestError as error:  # a document of another kind, or for a newer lichen
                     log.info("%s is no rollout that this lichen reads: %s", target.manifest.path, error)
         return planned(policies, targets, Slots(self._store.root).mendable(), self._facts, self._clock())
+
+    async def tell(self) -> int:
+        """Send what the collector has not heard of; how many reports. Raises SourceError, FleetError."""
+        import httpx
+
+        if self._bundle.collector is None:
+            return 0
+        async with httpx.AsyncClient(follow_redirects=False, timeout=httpx.Timeout(20)) as client:
+            return await self.reporter.flush(http_post(client, self._bundle.collector))
 
     def _facts(self, slot: Slot) -> DeviceFacts:
         return DeviceFacts(

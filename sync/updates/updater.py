@@ -41,6 +41,7 @@ from lichen.sync.updates.states import Assignment, Cause, State, Update, advance
 from lichen.sync.updates.supply import Offer, Supply
 
 POLL_S = 0.25  # between two looks at whether a running step has to end
+PERMIT_S = 10.0  # between two looks at whether a download may go on
 TRIALS = 2  # a version in whose trial the process died so often is bad
 
 log = logging.getLogger("lichen.fleet")
@@ -66,6 +67,10 @@ class _Ended(Exception):
 
     def __init__(self, cause: Cause, reason: str) -> None:
         self.cause, self.reason = cause, reason
+
+
+class _Paused(Exception):
+    """A step was cut, since the rules of this machine hold it back by now."""
 
 
 class Updater:
@@ -213,18 +218,23 @@ class Updater:
                 return Outcome(assignment=assignment, update=update, waiting=waiting)
             try:
                 update = await self._watched(update, steps[update.state](update))
+            except _Paused as paused:
+                return Outcome(assignment=assignment, update=update, waiting=str(paused))
             except _Ended as ended:
                 update = self._end(self.ledger.get(update.id), ended.cause, ended.reason)
-            except (ManifestError, ModelFileError) as error:
-                if isinstance(error, ModelFileError):  # it will never be better
-                    self.slots.condemn(update.slot, update.sha256)
-                update = self._end(update, "refused", str(error))
-            except (StoreError, FleetError, NotFound) as error:
-                if update.state != "downloading" or isinstance(error, NotFound):
-                    update = self._end(update, "failed", str(error))
-                else:  # the next pull goes on, until the state times out
+            except LichenError as error:
+                if update.state == "downloading" and not isinstance(error, NotFound | ManifestError):
+                    # the next pull goes on, until the state times out
                     return Outcome(assignment=assignment, update=update, error=str(error))
+                update = self._fail(update, error)
         return Outcome(assignment=assignment, update=update)
+
+    def _fail(self, update: Update, error: LichenError) -> Update:
+        """End an update whose step went wrong."""
+        if isinstance(error, ModelFileError):  # it will never be better
+            self.slots.condemn(update.slot, update.sha256)
+        refused = isinstance(error, ManifestError | ModelFileError)
+        return self._end(update, "refused" if refused else "failed", str(error))
 
     async def _stage(self, update: Update) -> Update:
         """Hash the whole file once more and look into it. Raises LichenError."""
@@ -302,14 +312,19 @@ class Updater:
         return None
 
     async def _watched(self, update: Update, step: Awaitable[Result]) -> Result:
-        """The step, cut when its update has to end. Raises _Ended and what the step raises."""
+        """The step, cut when its update has to end or to wait. Raises those, and what the step raises."""
         task = asyncio.ensure_future(step)
+        look_again = time.monotonic() + PERMIT_S
         try:
             ending = self._ending(update)
             while ending is None:
                 await asyncio.wait({task}, timeout=POLL_S)
                 if task.done():
                     return task.result()
+                if update.state == "downloading" and time.monotonic() >= look_again:
+                    if waiting := self._permit(update):
+                        raise _Paused(waiting)
+                    look_again = time.monotonic() + PERMIT_S
                 ending = self._ending(update)
             raise ending
         finally:
