@@ -11,6 +11,7 @@ import typer
 import lichen
 from lichen.cli import (
     answer,
+    collect,
     evaluate,
     feedback,
     fleet,
@@ -21,6 +22,7 @@ from lichen.cli import (
     mixture,
     models,
     quantize,
+    rollouts,
     serve,
     top,
 )
@@ -44,8 +46,11 @@ for group in (
     keys,
     feedback,
     learn,
+    rollouts,
+    collect,
     fleet,
     fleet_device,
+    mixture,
     inspect,
     top,
 ):

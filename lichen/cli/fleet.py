@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import secrets
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, List, Optional
 
+import msgspec
 import typer
 
 import lichen
@@ -49,6 +51,9 @@ def init(
     tag: Annotated[
         Optional[List[str]], typer.Option("--tag", metavar="NAME=WORDS", help="What enrolled devices are.")
     ] = None,
+    collector: Annotated[
+        Optional[str], typer.Option(metavar="URL", help="Where devices report; see 'lichen fleet collect'.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a repository, its keys, and the bundle that enrols devices."""
@@ -56,11 +61,18 @@ def init(
     from lichen.durable import write_file
     from lichen.sync.trust.enrolment import Enrolment, read_enrolment, write_enrolment
 
-    draft = Enrolment(fleet=name, root=b"{}", mirrors=tuple(mirror), tags=_tags(tag or []))
+    draft = Enrolment(
+        fleet=name,
+        root=b"{}",
+        mirrors=tuple(mirror),
+        tags=_tags(tag or []),
+        collector=collector,
+        token=None if collector is None else secrets.token_urlsafe(24),
+    )
     read_enrolment(write_enrolment(draft))  # refuses bad names and mirrors before any key is made
     publisher = _publisher(folder, folder_of_keys, confirm=True)
     root = publisher.init(root_keys=root_keys, threshold=threshold)
-    bundle = Enrolment(fleet=name, root=root, mirrors=draft.mirrors, tags=draft.tags)
+    bundle = msgspec.structs.replace(draft, root=root)
     write_file(folder / "enrolment.json", write_enrolment(bundle))
     made = {
         "repository": str(folder),

@@ -2,6 +2,7 @@
 
     enrolment.json, trusted    trust (device.py)
     updates.db                 the record of updates (sync/updates/ledger.py)
+    policies/                  the rollouts as they were last seen
     device.key, reports.db     reports (sync/reporting/)
 
 What it should have: what the fleet's rollouts decide for it, and what was asked for by name on this machine.
@@ -22,11 +23,12 @@ from lichen.sync.meter import Progress
 from lichen.sync.pace import Pace
 from lichen.sync.reporting.reporter import Reporter, http_post
 from lichen.sync.reporting.wire import UpdateReport
-from lichen.sync.rollout import LIMIT, DeviceFacts, Policy, decide, read_policy
+from lichen.sync.rollout import DeviceFacts, Policy, decide
 from lichen.sync.store import Store
 from lichen.sync.trust.bringing import FleetSupply
 from lichen.sync.trust.device import Device
 from lichen.sync.trust.fetching import Fetcher, fetcher_for
+from lichen.sync.trust.policies import fetch_policy
 from lichen.sync.updates.health import Health, Trial
 from lichen.sync.updates.slots import Slot, Slots
 from lichen.sync.updates.states import Assignment, Update
@@ -65,7 +67,7 @@ class Member:
         permit: Permit = lambda _update: "",
         on_change: Callable[[Update], None] = lambda _update: None,
     ) -> None:
-        self._bundle = device.enrolment()
+        self._bundle, self._folder = device.enrolment(), folder
         self._device, self._store, self._running = device, store, running
         self._urls, self._hardware, self._clock, self._on_change = tuple(urls), hardware, clock, on_change
         self.reporter = Reporter.at(folder, self._bundle, hardware=hardware)
@@ -96,12 +98,16 @@ class Member:
             mirrors: list[Fetcher] | None = [fetcher_for(url, client) for url in self._urls] or None
             policies = []
             for target in await self._device.listed("policies", running=self._running, mirrors=mirrors):
-                data = await self._device.content(target, LIMIT, mirrors)
                 try:
-                    policies.append(read_policy(data))
+                    policies.append(await self._policy(target.manifest.name, mirrors))
                 except ManifestError as error:  # a document of another kind, or for a newer lichen
                     log.info("%s is no rollout that this lichen reads: %s", target.manifest.path, error)
-        return planned(policies, targets, Slots(self._store.root).mendable(), self._facts, self._clock())
+        followed = [policy for policy in policies if policy is not None]
+        return planned(followed, targets, Slots(self._store.root).mendable(), self._facts, self._clock())
+
+    async def _policy(self, name: str, mirrors: list[Fetcher] | None) -> Policy | None:
+        kept = self._folder / "policies"
+        return await fetch_policy(self._device, name, kept=kept, running=self._running, mirrors=mirrors)
 
     async def tell(self) -> int:
         """Send what the collector has not heard of; how many reports. Raises SourceError, FleetError."""

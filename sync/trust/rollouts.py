@@ -68,7 +68,8 @@ class Rollouts:
         """Begin to roll out a published version, with its first wave open.
 
         previous: the version to go back to; where it is None, the one that the last rollout of this name
-        ended with. stop_only: a missed gate stops the rollout and leaves devices as they are. Raises FleetError.
+        ended with. stop_only: a missed gate stops the rollout and leaves devices as they are.
+        Raises FleetError.
         """
         with self._alone():
             before = next((each for each in self.all() if each.name == name), None)

@@ -1,0 +1,145 @@
+"""`lichen fleet rollout` as a publisher types it, with a collector and devices that report to it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from lichen.cli.rollouts import seconds
+from lichen.errors import ConfigError
+from lichen.sync.reporting.key import DeviceKey
+from lichen.sync.reporting.outbox import Outbox
+from lichen.sync.reporting.reporter import Reporter, http_post
+from lichen.sync.trust.enrolment import read_enrolment
+from tests.cli.test_commands import complaint, lichen
+from tests.sync.reporting import report
+
+PASSPHRASE = {"LICHEN_FLEET_PASSPHRASE": "correct horse"}
+
+
+@contextmanager
+def collecting(data: Path, bundle: Path, *words: str) -> Iterator[str]:
+    """A collector in a process of its own; its URL."""
+    command = [sys.executable, "-m", "lichen.cli", "fleet", "collect", str(data), "--bundle", str(bundle)]
+    process = subprocess.Popen(
+        [*command, "--listen", "127.0.0.1:0", *words],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line.startswith("Listening on "), line
+    try:
+        yield line.split()[2].rstrip(";")
+    finally:
+        process.terminate()
+        process.stdout.close()
+        assert process.wait(20) == 0
+
+
+def telling(bundle: Path, url: str, *states: str) -> list[str]:
+    """One new device for each state reports it of version 2; their ids."""
+    enrolment = read_enrolment(bundle.read_bytes())
+
+    async def tell() -> list[str]:
+        ids = []
+        async with httpx.AsyncClient() as client:
+            for state in states:
+                reporter = Reporter(DeviceKey.generate(), Outbox(":memory:"), enrolment)
+                cause = "unhealthy" if state == "rolled_back" else ""
+                reporter.put(report(sha256=SECOND, state=state, cause=cause, quality=1.0))
+                await reporter.flush(http_post(client, url))
+                reporter.close()
+                ids.append(reporter.id)
+        return ids
+
+    return asyncio.run(tell())
+
+
+SECOND = "e56dbc6a2d8c0d7bcd1c4d2c0bc4ef55f0ee2e5e7e4b9d5c6e6b1a3a2b3c4d5e"  # replaced by the test
+
+
+def test_a_rollout_from_its_first_wave_to_its_rollback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Publish twice, roll out, report, advance, fail, and be rolled back by `watch`."""
+    repository, data = tmp_path / "fleet", tmp_path / "collector"
+    environment = dict(PASSPHRASE)
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        return lichen("fleet", *words, home=tmp_path / "home", **environment)
+
+    folder = str(repository)
+    init = ("init", folder, "--mirror", repository.as_uri(), "--name", "moss")
+    assert "cannot be a collector" in complaint(run(*init, "--collector", "http://c.example/"))
+    made = run(*init, "--collector", "http://127.0.0.1:1/", "--json")
+    bundle = Path(json.loads(made.stdout)["bundle"])
+    for version in ("1", "2"):
+        file = tmp_path / f"support-{version}"
+        file.write_bytes(f"lora {version}".encode())
+        words = ("--kind", "adapters", "--licence", "MIT", "--base", "b" * 64, "--json")
+        published = json.loads(run("publish", folder, str(file), *words).stdout)
+    monkeypatch.setattr(sys.modules[__name__], "SECOND", published["sha256"])
+    begin = ("rollout", folder, "support", "--kind", "adapters", "--version")
+    assert "no target 'adapters/support-3'" in complaint(run(*begin, "3"))
+    assert "is no wave" in complaint(run(*begin, "2", "--waves", "many"))
+    started = run(
+        *begin, "2", "--previous", "1", "--waves", "100%,100%", "--min-reports", "3", "--soak", "0s"
+    )
+    assert "running, 1 of 2 waves open" in started.stdout, started.stderr
+    assert "19 times of 20" in started.stdout
+    assert "under way" in complaint(run(*begin, "2"))
+    assert "running" not in run("pause", folder, "support", "--reason", "lunch").stdout
+    assert "cannot be advanced" not in run("status", folder).stderr
+    assert "running" in run("resume", folder, "support").stdout
+
+    with collecting(data, bundle) as url:
+        text = bundle.read_text(encoding="utf-8")
+        bundle.write_text(text.replace("http://127.0.0.1:1/", url), encoding="utf-8")
+        assert "needs a token" in complaint(run("rollout", folder, "support", "--advance"))
+        environment["LICHEN_FLEET_READER"] = (data / "reader.token").read_text(encoding="ascii").strip()
+        assert "0 of 3 reports" in run("rollout", folder, "support", "--advance").stdout
+        good = telling(bundle, url, "confirmed", "confirmed", "confirmed")
+        assert "Open the next wave" in run("watch", folder, "--once").stdout
+        opened = json.loads(run("rollout", folder, "support", "--advance", "--json").stdout)
+        assert (opened["policy"]["opened"], opened["verdict"]["action"]) == (2, "open")
+        telling(bundle, url, "rolled_back")
+        watched = run("watch", folder, "support", "--once").stdout
+        assert "rolled back" in watched
+        assert "1 of 4 devices rolled back" in watched
+        shown = run("status", folder, "support").stdout
+        for words in (
+            "adapters/support: rolled back",
+            "3 confirmed, 1 rolled back",
+            "unhealthy",
+            "Quality: 1.000",
+        ):
+            assert words in shown, shown
+        (board,) = json.loads(run("status", folder, "--json").stdout)
+        assert (board["devices"], board["versions"]) == (4, {"adapters/support-2": 3})
+        page = httpx.get(url, auth=("anybody", environment["LICHEN_FLEET_READER"]))
+        assert page.status_code == 200
+        assert "rolled back" in page.text
+        assert "adapters/support-2" in page.text
+        assert run("members", str(data), "--expel", good[0]).returncode == 0
+        assert json.loads(run("status", folder, "--json").stdout)[0]["devices"] == 3
+    again = run(*begin, "2", "--previous", "1")
+    assert again.returncode == 0, "the same version may be tried again"
+    assert "rolled back" in run("rollback", folder, "support").stdout
+
+
+def test_times_as_people_write_them() -> None:
+    assert [seconds(text) for text in ("90", "30s", "5m", "1.5h", "2d")] == [90, 30, 300, 5400, 172_800]
+    for bad in ("", "soon", "-1s", "1w", "1e9", "nan", "9" * 99):
+        with pytest.raises(ConfigError, match="is no time"):
+            seconds(bad)
