@@ -74,7 +74,7 @@ class Store:
         self.slots = Slots(root)
 
     def manifests(self) -> list[ModelManifest]:
-        """All models, by name, then those from the fleet that are in use.
+        """All models, by name, then those from the fleet.
 
         Raises StoreError naming a manifest that cannot be read.
         """
@@ -83,14 +83,14 @@ class Store:
         return own + self._from_fleet()
 
     def _from_fleet(self) -> list[ModelManifest]:
-        """Each version in use under a name of its own, so that the next one is another model."""
-        found = []
-        for slot in sorted(self.slots.mendable()):
-            kind, _, name = slot.partition("/")
-            if kind == "models":
-                with suppress(NotFound):
-                    found.append(_fleet_manifest(name, self.slots.serving(slot)))
-        return found
+        """Each version that is kept, under a name of its own, so that the next one is another model."""
+        return [
+            _fleet_manifest(name, version)
+            for slot, found in sorted(self.slots.mendable().items())
+            for kind, _, name in [slot.partition("/")]
+            for version in (found.active, found.previous)
+            if kind == "models" and version is not None and self.slots.whole(version)
+        ]
 
     def get(self, name: str) -> ModelManifest:
         """One model by name. Raises NotFound with what there is."""

@@ -243,22 +243,6 @@ def verify(
     _show(shown, as_json, f"Verified: {target}, {found.size:,} bytes, sha256:{found.sha256}.")
 
 
-@fleet.command()
-def state(context: typer.Context, as_json: AsJson = False) -> None:
-    """Show this machine's fleet and whether it can take updates."""
-    now = _device(context).state()
-    shown = {
-        "fleet": now.enrolment.fleet,
-        "can_update": now.can_update,
-        "expires": now.standing.expires.isoformat(),
-        "versions": dict(now.standing.versions),
-        "mirrors": now.enrolment.mirrors,
-        "tags": now.enrolment.tags,
-        "sentence": now.sentence,
-    }
-    _show(shown, as_json, now.sentence)
-
-
 def _device(context: typer.Context) -> Device:
     _needs_extra()
     from lichen.sync.trust.device import Device

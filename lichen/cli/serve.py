@@ -97,6 +97,7 @@ def run_daemon(config: Config) -> None:
     progress = LoadProgress()
     Thread(target=_load, args=(config, loading, progress), name="lichen-load", daemon=True).start()
 
+    from lichen.cli.fleet_daemon import Mover, Taker, takes_updates
     from lichen.runtime.http.daemon import DaemonOptions, serve
     from lichen.runtime.pool import ModelPool, PoolOptions
     from lichen.shelf import StoreShelf
@@ -133,7 +134,16 @@ def run_daemon(config: Config) -> None:
         pool = ModelPool(StoreShelf(config), pool_options)
         store = Store(config.home / "store", offline=config.offline)
         first = pool.start(asyncio.wrap_future(loading), progress)
-        await serve(options, pool, first, store=store, on_event=lambda line: print(line, flush=True))
+        moving = asyncio.ensure_future(Mover(config, pool).run())
+        taker = Taker(config, pool, asyncio.get_running_loop()) if takes_updates(config) else None
+        try:
+            if taker is not None:
+                taker.start()
+            await serve(options, pool, first, store=store, on_event=lambda line: print(line, flush=True))
+        finally:
+            moving.cancel()
+            if taker is not None:
+                taker.stop()
 
     try:
         import uvloop

@@ -61,12 +61,13 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
     """The outcome of a trial. passed of asked prompts. rate: tokens a second, None if nothing was answered.
 
-    perplexity: of the bar's text, None if there is none.
+    rate_before: of the version before, where it was measured too. perplexity: of the bar's text, if any.
     """
 
     asked: int = 0
     passed: int = 0
     rate: float | None = None
+    rate_before: float | None = None
     perplexity: float | None = None
 
 
@@ -102,16 +103,16 @@ def measured(health: Health, answers: list[Answer], perplexity: float | None) ->
     return Measured(asked=len(health.prompts), passed=passed, rate=rate, perplexity=perplexity)
 
 
-def verdict(health: Health, now: Measured, before: Measured | None) -> str:
-    """Why a version fails its bar, in one sentence; "" if it passes. before: the old version's trial."""
+def verdict(health: Health, now: Measured) -> str:
+    """Why a version fails its bar, in one sentence; "" if it passes."""
     if now.passed < math.ceil(health.passes * now.asked - 1e-9):
         return f"It answered {now.passed} of {now.asked} health prompts as expected."
     if health.perplexity is not None and not (now.perplexity or math.inf) <= health.perplexity:
         found = now.perplexity or math.inf
         return f"Its perplexity is {found:.2f}, and at most {health.perplexity:.2f} was asked."
     bar = health.rate
-    if before is not None and before.rate is not None:
-        bar = max(bar, health.rate_share * before.rate)
+    if now.rate_before is not None:
+        bar = max(bar, health.rate_share * now.rate_before)
     if bar and (now.rate or 0.0) < bar:
         return f"It makes {now.rate or 0.0:.1f} tokens a second, and {bar:.1f} were asked."
     return ""

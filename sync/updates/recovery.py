@@ -15,11 +15,16 @@ from lichen.sync.updates.states import NEXT, Cause, Update, advanced
 
 def recover(store: Store, slots: Slots, ledger: Ledger, now: float) -> None:
     """Mend every slot. now: seconds since 1970. Blocks. Raises StoreError."""
-    latest, found = ledger.latest(), slots.mendable()
+    pair = _Pair(store, slots, ledger, now)
+    found = slots.mendable()
+    for update in reversed(ledger.all()):
+        if update.slot not in found and update.state == "confirmed" and pair.whole(update):
+            pair.switch(update, confirmed=True)  # both files of slots were lost
+            found = slots.mendable()
+    latest = ledger.latest()
     for name in sorted({*latest, *found}):
-        update, slot = latest.get(name), found.get(name, Slot())
-        _mend(_Pair(store, slots, ledger, now), name, update, slot)
-        _put_whole_in_front(store, slots, ledger, name, now)
+        _mend(pair, name, latest.get(name), found.get(name, Slot()))
+        _put_whole_in_front(pair, name)
 
 
 class _Pair:
@@ -50,7 +55,8 @@ class _Pair:
 def _mend(pair: _Pair, name: str, update: Update | None, slot: Slot) -> None:
     serves = update is not None and slot.active is not None and slot.active.sha256 == update.sha256
     if update is None or (update.ended and not serves):
-        _mend_lost(pair, name, update, slot)
+        if slot.active is not None and not slot.confirmed:
+            pair.ledger.add(_adopted(name, slot.active, pair.now))  # the record was lost
     elif update.ended:
         if update.state == "confirmed":
             pair.slots.confirm(name)
@@ -61,21 +67,18 @@ def _mend(pair: _Pair, name: str, update: Update | None, slot: Slot) -> None:
             update = pair.ledger.save(advanced(update, NEXT[update.state], pair.now))
         if slot.confirmed:
             pair.ledger.save(advanced(update, "confirmed", pair.now))
-    elif update.sha256 in slot.bad:
+    else:
+        _mend_unserved(pair, update, slot)
+
+
+def _mend_unserved(pair: _Pair, update: Update, slot: Slot) -> None:
+    """An update that has not ended and does not serve: most are only on their way."""
+    if update.sha256 in slot.bad:
         pair.end(update, "unhealthy", "It failed its trial.")
+    elif update.state == "active" and pair.whole(update):
+        pair.switch(update, confirmed=False)  # the switch was torn
     elif update.state == "active":
-        if pair.whole(update):
-            pair.switch(update, confirmed=False)  # the switch was torn
-        else:
-            pair.end(update, "failed", "Its bytes were damaged on this machine.")
-
-
-def _mend_lost(pair: _Pair, name: str, update: Update | None, slot: Slot) -> None:
-    """The record has nothing of what serves, or nothing serves of what the record confirmed."""
-    if slot.active is not None and not slot.confirmed:
-        pair.ledger.add(_adopted(name, slot.active, pair.now))  # its trial begins again
-    elif slot.active is None and update is not None and update.state == "confirmed" and pair.whole(update):
-        pair.switch(update, confirmed=True)
+        pair.end(update, "failed", "Its bytes were damaged on this machine.")
 
 
 def _adopted(name: str, version: Version, now: float) -> Update:
@@ -92,13 +95,13 @@ def _adopted(name: str, version: Version, now: float) -> Update:
     )
 
 
-def _put_whole_in_front(store: Store, slots: Slots, ledger: Ledger, name: str, now: float) -> None:
+def _put_whole_in_front(pair: _Pair, name: str) -> None:
     """A version whose bytes are torn gives way to the one before it, and is fetched again."""
-    slot = slots.mendable().get(name, Slot())
-    if slot.active is None or slots.whole(slot.active):
+    slot = pair.slots.mendable().get(name, Slot())
+    if slot.active is None or pair.slots.whole(slot.active):
         return
-    store.blob(slot.active.sha256).unlink(missing_ok=True)
-    update = ledger.latest().get(name)
+    pair.store.blob(slot.active.sha256).unlink(missing_ok=True)
+    update = pair.ledger.latest().get(name)
     if update is not None and not update.ended:
-        _Pair(store, slots, ledger, now).end(update, "failed", "Its bytes were damaged on this machine.")
-    slots.replace_damaged(name)
+        pair.end(update, "failed", "Its bytes were damaged on this machine.")
+    pair.slots.replace_damaged(name)

@@ -41,6 +41,7 @@ from lichen.sync.updates.states import Assignment, Cause, State, Update, advance
 from lichen.sync.updates.supply import Offer, Supply
 
 POLL_S = 0.25  # between two looks at whether a running step has to end
+PERMIT_S = 10.0  # between two looks at whether a download may go on
 TRIALS = 2  # a version in whose trial the process died so often is bad
 
 log = logging.getLogger("lichen.fleet")
@@ -66,6 +67,10 @@ class _Ended(Exception):
 
     def __init__(self, cause: Cause, reason: str) -> None:
         self.cause, self.reason = cause, reason
+
+
+class _Paused(Exception):
+    """A step was cut, since the rules of this machine hold it back by now."""
 
 
 class Updater:
@@ -113,6 +118,16 @@ class Updater:
                     outcomes.append(Outcome(assignment=assignment, error=str(error)))
             await asyncio.to_thread(self._tidy)
             return outcomes
+
+    async def drop(self, slot: str) -> None:
+        """Take a slot out of use and end its update. Raises FleetError where another process is at it."""
+        async with self._locked():
+            await self._recover()
+            update = self.ledger.latest().get(slot)
+            if update is not None and not update.ended:
+                self._end(update, "superseded", "The fleet took it back.")
+            self.slots.drop(slot)
+            await asyncio.to_thread(self._tidy)
 
     async def cancel(self, slot: str) -> Update:
         """End the update of a slot; one on trial goes back to the old version. Raises FleetError.
@@ -203,18 +218,23 @@ class Updater:
                 return Outcome(assignment=assignment, update=update, waiting=waiting)
             try:
                 update = await self._watched(update, steps[update.state](update))
+            except _Paused as paused:
+                return Outcome(assignment=assignment, update=update, waiting=str(paused))
             except _Ended as ended:
                 update = self._end(self.ledger.get(update.id), ended.cause, ended.reason)
-            except (ManifestError, ModelFileError) as error:
-                if isinstance(error, ModelFileError):  # it will never be better
-                    self.slots.condemn(update.slot, update.sha256)
-                update = self._end(update, "refused", str(error))
-            except (StoreError, FleetError, NotFound) as error:
-                if update.state != "downloading" or isinstance(error, NotFound):
-                    update = self._end(update, "failed", str(error))
-                else:  # the next pull goes on, until the state times out
+            except LichenError as error:
+                if update.state == "downloading" and not isinstance(error, NotFound | ManifestError):
+                    # the next pull goes on, until the state times out
                     return Outcome(assignment=assignment, update=update, error=str(error))
+                update = self._fail(update, error)
         return Outcome(assignment=assignment, update=update)
+
+    def _fail(self, update: Update, error: LichenError) -> Update:
+        """End an update whose step went wrong."""
+        if isinstance(error, ModelFileError):  # it will never be better
+            self.slots.condemn(update.slot, update.sha256)
+        refused = isinstance(error, ManifestError | ModelFileError)
+        return self._end(update, "refused" if refused else "failed", str(error))
 
     async def _stage(self, update: Update) -> Update:
         """Hash the whole file once more and look into it. Raises LichenError."""
@@ -258,14 +278,14 @@ class Updater:
         if health.rate_share and slot.previous is not None and health.prompts:
             old = staging.installed(self._store, update.slot, slot.previous)
             with suppress(LichenError):  # an old version that fails sets no bar
-                before = measured(health, await trial.answers(old, health.prompts), None)
+                before = measured(health, await trial.answers(old, health.prompts), None).rate
         assert slot.active is not None, "it was switched to"
         new = staging.installed(self._store, update.slot, slot.active)
         answers = await trial.answers(new, health.prompts) if health.prompts else []
         scored = health.perplexity is not None and health.text
         perplexity = await trial.perplexity(new, health.text) if scored else None
-        found = measured(health, answers, perplexity)
-        return found, verdict(health, found, before)
+        found = msgspec.structs.replace(measured(health, answers, perplexity), rate_before=before)
+        return found, verdict(health, found)
 
     def _enter(self, update: Update, state: State) -> Update:
         entered = self.ledger.save(advanced(update, state, self._clock()))
@@ -292,14 +312,19 @@ class Updater:
         return None
 
     async def _watched(self, update: Update, step: Awaitable[Result]) -> Result:
-        """The step, cut when its update has to end. Raises _Ended and what the step raises."""
+        """The step, cut when its update has to end or to wait. Raises those, and what the step raises."""
         task = asyncio.ensure_future(step)
+        look_again = time.monotonic() + PERMIT_S
         try:
             ending = self._ending(update)
             while ending is None:
                 await asyncio.wait({task}, timeout=POLL_S)
                 if task.done():
                     return task.result()
+                if update.state == "downloading" and time.monotonic() >= look_again:
+                    if waiting := self._permit(update):
+                        raise _Paused(waiting)
+                    look_again = time.monotonic() + PERMIT_S
                 ending = self._ending(update)
             raise ending
         finally:
