@@ -31,10 +31,10 @@ from lichen.sync.manifest import AdapterManifest
 from lichen.sync.reporting.key import DeviceKey
 from lichen.sync.reporting.outbox import Outbox
 from lichen.sync.reporting.reporter import Reporter
-from lichen.sync.reporting.wire import report_of
 from lichen.sync.rollout import Assignment, DeviceFacts, Gates, Policy, Release, Wave, decide, read_policy
 from lichen.sync.trust.device import FleetTarget, bind
 from lichen.sync.trust.enrolment import Enrolment
+from lichen.sync.trust.member import told
 from lichen.sync.trust.publisher import Publisher
 from lichen.sync.trust.rollouts import Rollouts
 from lichen.sync.trust.signers import Signers
@@ -85,6 +85,10 @@ class Costs:
         """Count one answer."""
         self.requests[what] += 1
         self.bytes[what] += size
+
+    def total(self) -> int:
+        """Bytes of everything."""
+        return self.bytes.total()
 
 
 @dataclass(frozen=True)
@@ -224,7 +228,7 @@ class Device:
         if self.update is not None and not self.update.ended and now >= deadline(self.update):
             await self._end(now, "timed_out", "It took too long.")
         try:
-            policy = self._look(now)
+            policy = self.look(now)
         except MetadataExpired:
             return
         moment = datetime.datetime.fromtimestamp(now, datetime.UTC)
@@ -309,7 +313,8 @@ class Device:
         self._put()
         await self._tell(now)
 
-    def _look(self, now: float) -> Policy:
+    def look(self, now: float) -> Policy:
+        """The policy as it is signed now; what was asked for is counted."""
         look = self._fleet.mirror.look(self.remembered, POLICY, now)
         self.remembered = look.remembered
         assert look.target is not None
@@ -326,7 +331,7 @@ class Device:
 
     def _put(self) -> None:
         assert self.update is not None
-        self._open().put(report_of(self.update))
+        self._open().put(told(self.update))
 
     def _open(self) -> Reporter:
         if self.reporter is None:

@@ -21,7 +21,7 @@ from msgspec import Meta, Struct
 from lichen.errors import FleetError
 from lichen.sync.manifest import Name, Sha256
 from lichen.sync.rollout import Hardware, Share, Tags
-from lichen.sync.updates.states import Cause, State, Update
+from lichen.sync.updates.states import Cause, State
 
 SIGNATURE = "Lichen-Signature"
 DEVICE = "Lichen-Device"
@@ -123,23 +123,3 @@ def read_document(body: bytes, kind: type[Document]) -> Document:
         return msgspec.json.decode(body, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise FleetError(f"The {kind.__name__.lower()} is malformed: {str(error)[:200]}.") from error
-
-
-def report_of(update: Update, *, rate_before: float | None = None) -> UpdateReport:
-    """What a device tells of an update now; its number is given when it is kept. Reasons in words stay here.
-
-    rate_before: tokens/s of the version before, where it was measured.
-    """
-    measured = update.measured
-    return UpdateReport(
-        sequence=1,
-        at=update.entered,
-        slot=update.slot,
-        target=update.target,
-        sha256=update.sha256,
-        state=update.state,
-        cause=update.cause,
-        rate=None if measured is None else measured.rate,
-        rate_before=rate_before,
-        quality=measured.passed / measured.asked if measured is not None and measured.asked else None,
-    )
