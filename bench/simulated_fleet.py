@@ -270,7 +270,7 @@ class Device:
             for n in range(len(HEALTH.prompts))
         ]
         found = measured(HEALTH, answers, None)
-        why = verdict(HEALTH, found, None)
+        why = verdict(HEALTH, found)
         self.update = msgspec.structs.replace(update, measured=found)
         if why:
             self.refused |= {update.sha256}
