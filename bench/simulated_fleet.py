@@ -6,7 +6,7 @@ and the steps that they lead to. Made up: time, links, engines and disks. Bytes 
 download of the whole file and never hashed.
 
 Verification is a pure function of what a device remembers, what the mirror serves and the time, so it is carried out
-once for each distinct triple (time by the hour) and its requests are counted for every device.
+once for each distinct triple (time by six hours) and its requests are counted for every device.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class Mirror:
 
     def look(self, remembered: Remembered, path: str, now: float) -> Look:
         """Refresh, then find a target. Raises what verification raises."""
-        key = (remembered.digest, self._now, path, int(now // HOUR))
+        key = (remembered.digest, self._now, path, int(now // (6 * HOUR)))
         if key not in self._looks:
             try:
                 self._looks[key] = self._verify(remembered, path, now)
