@@ -158,7 +158,7 @@ class Run:
             weights = sum(math.prod(tensor.shape) for tensor in file.tensors.values())
             importance = self._timed("importance", lambda: self._importance(file))
             files = self._timed("llama.cpp", lambda: self._peers(importance))
-            ours, check = self._mixtures(file, importance, {name: path for (name, _), path in files.items()})
+            ours, check = self._mixtures(file, importance, _budgets(files))
         scores = self._timed("scores", lambda: self._scores({**files, **ours}))
         close_certificate(birth)
         names = (
@@ -220,7 +220,7 @@ class Run:
         return files
 
     def _mixtures(
-        self, file: GGUFFile, importance: Importance, peers: Mapping[str, Path]
+        self, file: GGUFFile, importance: Importance, budgets: Mapping[str, int]
     ) -> tuple[dict[tuple[str, str], Path], dict[str, Any]]:
         """lichen's files for the same bytes, and how well single tensors were rated."""
         from lichen.models.load import build_model
@@ -236,9 +236,8 @@ class Run:
         ratings: Mapping[str, Sequence[Option]] = self._timed("ratings", mixer.ratings)
         check = self._timed("check of the ratings", lambda: _check(file, measure, importance, ratings))
         files: dict[tuple[str, str], Path] = {}
-        for name, peer in peers.items():
+        for name, budget in budgets.items():
             path = self.options.work / f"lichen-{name}.gguf"
-            budget = peer.stat().st_size
             mixture = self._timed(
                 f"choice {name}", partial(mixer.choose, budget, ratings, rounds=0 if files else ROUNDS)
             )
@@ -284,6 +283,14 @@ class Run:
             row["lower"][way] = {"mean": mean, "error": error}
             row["wins"][way] = row["lichen"]["perplexity"] < row[way]["perplexity"]
         return row
+
+
+def _budgets(peers: Mapping[tuple[str, str], Path]) -> dict[str, int]:
+    """Bytes of the smaller of llama.cpp's two files: with importance it may choose other types."""
+    sizes: dict[str, int] = {}
+    for (name, _), path in peers.items():
+        sizes[name] = min(path.stat().st_size, sizes.get(name, path.stat().st_size))
+    return sizes
 
 
 def _tell(what: str, done: int, of: int) -> None:
