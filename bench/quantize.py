@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -40,6 +40,9 @@ from lichen.quant.importance import Importance
 from lichen.quant.ledger import Ledger, digest
 from lichen.quant.quantize import quantize_file, read_rows
 from lichen.runtime.scoring import NativeScorer, stretches
+
+if TYPE_CHECKING:
+    from lichen.models.mixture import Mixer
 
 WINDOW, MEASURED_WINDOW = 512, 128
 
@@ -234,7 +237,7 @@ class Run:
         measure = Measure(build_model(file), parts)
         mixer = Mixer(file, measure, importance, span=self.options.span, ledger=ledger, tell=_tell)
         ratings: Mapping[str, Sequence[Option]] = self._timed("ratings", mixer.ratings)
-        check = self._timed("check of the ratings", lambda: _check(file, measure, importance, ratings))
+        check = self._timed("check of the ratings", lambda: _check(mixer, ratings))
         files: dict[tuple[str, str], Path] = {}
         for name, budget in budgets.items():
             path = self.options.work / f"lichen-{name}.gguf"
@@ -298,12 +301,8 @@ def _tell(what: str, done: int, of: int) -> None:
         print(f"  {what} {done} of {of}", file=sys.stderr, flush=True)
 
 
-def _check(
-    file: GGUFFile, measure: Any, importance: Importance, ratings: Mapping[str, Sequence[Option]]
-) -> dict[str, Any]:
+def _check(mixer: Mixer, ratings: Mapping[str, Sequence[Option]]) -> dict[str, Any]:
     """Ratings of tensors and types drawn by chance beside their measured KL."""
-    from lichen.quant.quantize import requantized
-
     source = np.random.default_rng(2)
     names = sorted(ratings)
     pairs = []
@@ -313,7 +312,7 @@ def _check(
         if not options:
             continue
         option = options[source.integers(len(options))]
-        found = measure.divergence({name: requantized(file.tensors[name], option.type, importance)})
+        found = mixer.measured({name: option.type})
         pairs.append({"tensor": name, "type": option.type.name, "rated": option.cost, "measured": found})
     logs = np.log([[pair["rated"], max(pair["measured"], 1e-8)] for pair in pairs])
     return {
