@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from bench.certificate import machine_certificate, save
 from bench.simulated_fleet import DAY, NAME, START, SimulatedFleet, World
 from bench.table import Rows, aligned, number
 from lichen.errors import LichenError
-from lichen.sync.rollout import DeviceFacts, Gates, pause, wave_of
+from lichen.sync.rollout import DeviceFacts, Gates, Policy, pause, wave_of
 from lichen.sync.updates.states import LAST
 
 SIZES = (100, 1_000, 10_000)
@@ -77,21 +78,21 @@ def _good(devices: int) -> dict[str, Any]:
     """A rollout that goes through all waves. The first one must be able to show something in 100 devices."""
     gates = Gates(max_rollbacks=0.005, min_reports=max(3, devices // 50), soak_s=DAY)
     world = World(devices=devices, faulty=0, gates=gates)
-    fleet, seconds, paused = _lived(world)
-    costs = fleet.costs
+    life = _lived(world)
+    fleet, costs = life.fleet, life.fleet.costs
     answered = ("metadata", "missing", "policies")
     return {
         "devices": devices,
         "days": world.days,
-        "seconds": seconds,
-        "complete": fleet.policy().complete,
+        "seconds": life.seconds,
+        "complete": life.policy.complete,
         "updated": sum(each.active == fleet.new.sha256 for each in fleet.devices),
         "requests": sum(costs.requests[what] for what in (*answered, "payload")),
         "metadata_bytes": sum(costs.bytes[what] for what in answered),
         "payload_bytes": costs.bytes["payload"],
         "reports": costs.requests["reports"],
         "report_bytes": costs.bytes["reports"],
-        "pause_bytes": paused,
+        "pause_bytes": life.pause_bytes,
         "steps": fleet.steps,
     }
 
@@ -99,14 +100,14 @@ def _good(devices: int) -> dict[str, Any]:
 def _bad(devices: int, faulty: float) -> dict[str, Any]:
     """A version that fails on a share of the devices: what it reached, and what became of every device."""
     world = World(devices=devices, faulty=faulty)
-    fleet, seconds, _ = _lived(world)
-    policy = fleet.policy()
+    life = _lived(world)
+    fleet, policy = life.fleet, life.policy
     first = sum(wave_of(policy, DeviceFacts(id=each.key.id)) == 0 for each in fleet.devices)
     updates = [each.update for each in fleet.devices if each.update is not None]
     return {
         "devices": devices,
         "faulty": faulty,
-        "seconds": seconds,
+        "seconds": life.seconds,
         "state": policy.state,
         "reason": policy.reason,
         "waves_open": policy.opened,
@@ -119,14 +120,23 @@ def _bad(devices: int, faulty: float) -> dict[str, Any]:
     }
 
 
-def _lived(world: World) -> tuple[SimulatedFleet, float, int]:
+@dataclass(frozen=True)
+class Life:
+    """A fleet after its days, and what its publisher had signed last."""
+
+    fleet: SimulatedFleet
+    policy: Policy
+    seconds: float
+    pause_bytes: int
+
+
+def _lived(world: World) -> Life:
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         fleet = SimulatedFleet(Path(folder), world)
         asyncio.run(fleet.run())
         seconds = round(time.perf_counter() - begun, 1)
-        paused = _paused(fleet)
-    return fleet, seconds, paused
+        return Life(fleet, fleet.policy(), seconds, _paused(fleet))
 
 
 def _paused(fleet: SimulatedFleet) -> int:

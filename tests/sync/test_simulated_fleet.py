@@ -22,7 +22,7 @@ async def stopped_in_the_first_wave(folder: Path, world: World) -> None:
     took = [each for each in fleet.devices if each.update is not None]
     first = [each for each in fleet.devices if wave_of(policy, DeviceFacts(id=each.key.id)) == 0]
     assert {each.number for each in took} <= {each.number for each in first}, "nobody beyond the first wave"
-    assert len(took) > len(first) * 0.8
+    assert len(took) > len(first) * 0.3, "it stops as soon as enough is known"
     ends = Counter[str]()
     for each in fleet.devices:
         off = each.dark_from is not None
