@@ -67,18 +67,33 @@ class World:
 
 def enrolment(**fields: Any) -> Enrolment:
     """A bundle that names a collector; its root is not looked at here."""
-    given: dict[str, Any] = {"collector": "https://c.example/", "token": TOKEN, "tags": {"site": "oslo"}} | fields
+    given: dict[str, Any] = {
+        "collector": "https://c.example/",
+        "token": TOKEN,
+        "tags": {"site": "oslo"},
+    } | fields
     return Enrolment(fleet=FLEET, root=b"{}", mirrors=("https://m.example/",), **given)
 
 
 def report(**fields: Any) -> UpdateReport:
     """A confirmed version 2."""
-    given: dict[str, Any] = {"sequence": 1, "at": 1_800_000_000.0, "target": TARGET, "sha256": SHA, "state": "confirmed"}
+    given: dict[str, Any] = {
+        "sequence": 1,
+        "at": 1_800_000_000.0,
+        "target": TARGET,
+        "sha256": SHA,
+        "state": "confirmed",
+    }
     return UpdateReport(slot=SLOT, **(given | fields))
 
 
 def batch(key: DeviceKey, *reports: UpdateReport, **fields: Any) -> tuple[bytes, str]:
     """A signed batch: its body, and the signature's header."""
-    given: dict[str, Any] = {"fleet": FLEET, "device": key.id, "sent": 1_800_000_000.0, "reports": reports} | fields
+    given: dict[str, Any] = {
+        "fleet": FLEET,
+        "device": key.id,
+        "sent": 1_800_000_000.0,
+        "reports": reports,
+    } | fields
     body = msgspec.json.encode(Batch(**given))
     return body, signature_text(key.sign("report", body))
