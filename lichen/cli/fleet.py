@@ -103,6 +103,10 @@ def publish(
     min_lichen: Annotated[
         Optional[str], typer.Option(metavar="VERSION", help="Oldest lichen for it.")
     ] = None,
+    health: Annotated[
+        Optional[Path],
+        typer.Option("--health", metavar="PATH", help="JSON file: the bar of the trial on each device."),
+    ] = None,
     field: Annotated[
         Optional[List[str]],
         typer.Option("--field", metavar="NAME=JSON", help="Another field of the kind's manifest."),
@@ -117,6 +121,8 @@ def publish(
     if not file.is_file():
         raise FleetError(f"There is no file {file}.")
     fields: dict[str, Any] = {
+        **(_of_model(file) if kind == "models" else {}),
+        **({"health": _health(health)} if health is not None else {}),
         **{key: _value(text) for key, text in map(_pair, field or [])},
         "kind": kind,
         "name": name or file.name,
@@ -285,6 +291,21 @@ def _needs_extra() -> None:
 
     if find_spec("tuf") is None:
         raise FleetError("Fleets need more packages.", hint="pip install 'lichen[fleet]'")
+
+
+def _of_model(file: Path) -> dict[str, Any]:
+    """What a model's own header says for its manifest. Raises ModelFileError."""
+    from lichen.quant.gguf_check import check_gguf
+
+    summary = check_gguf(file)
+    return {"architecture": summary.architecture, "context": summary.context_train}
+
+
+def _health(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise FleetError(f"{path} cannot be read as JSON: {error}.") from error
 
 
 def _pair(text: str) -> tuple[str, str]:

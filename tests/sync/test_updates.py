@@ -213,7 +213,7 @@ async def test_expired_metadata_stops_updates_and_never_serving(machine: Machine
     async def expired(_target: str) -> Any:
         raise MetadataExpired("The fleet's timestamp metadata has expired.")
 
-    machine.shop.find = expired  # type: ignore[method-assign]
+    machine.shop.find = expired  # type: ignore[method-assign,assignment]
     assert "has expired" in (await machine.pull()).error
     assert machine.serves() == b"one"
 
