@@ -121,8 +121,11 @@ def read_manifest(custom: object, *, running: str) -> AnyManifest:
             f"This lichen knows no target of kind {_shown(kind)}.", hint=f"It knows: {', '.join(KINDS)}."
         )
     try:
-        manifest: AnyManifest = msgspec.convert(dict(custom), type=AnyManifest)
-    except (msgspec.ValidationError, RecursionError) as error:
+        fields = dict(custom)
+        if isinstance(fields.get("health"), str):  # see `custom_of`
+            fields["health"] = msgspec.json.decode(fields["health"])
+        manifest: AnyManifest = msgspec.convert(fields, type=AnyManifest)
+    except (msgspec.DecodeError, RecursionError) as error:
         raise ManifestError(f"The target's manifest is malformed: {error}.") from error
     return manifest
 
@@ -135,6 +138,8 @@ def make_manifest(fields: Mapping[str, Any], *, running: str) -> AnyManifest:
 def custom_of(manifest: AnyManifest) -> dict[str, Any]:
     """The manifest as JSON's types, for a target's custom metadata."""
     custom: dict[str, Any] = msgspec.to_builtins(manifest)
+    if manifest.health is not None:  # as text, since the canonical JSON that is signed knows no fractions
+        custom["health"] = msgspec.json.encode(manifest.health).decode()
     return custom
 
 

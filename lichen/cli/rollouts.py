@@ -167,7 +167,7 @@ def status(
 
     rollouts = _rollouts(folder, folder_of_keys)
     policies = rollouts.all() if name is None else [rollouts.get(name)]
-    boards = [board(asyncio.run(_census(folder, policy, optional=True)), policy) for policy in policies]
+    boards = [board(asyncio.run(_census_or_nothing(folder, policy)), policy) for policy in policies]
     if as_json:
         typer.echo(msgspec.json.format(msgspec.json.encode(boards), indent=2).decode())
         return
@@ -241,8 +241,20 @@ def _change(
     _show(_rollouts(folder, folder_of_keys).change(name, step), as_json)
 
 
-async def _census(folder: Path, policy: Policy, *, optional: bool = False) -> Census:
-    """What the collector of the fleet's bundle knows. optional: nothing is known where there is none."""
+async def _census_or_nothing(folder: Path, policy: Policy) -> Census:
+    """What the collector knows; where it cannot be asked, that is said, and what is signed is shown alone."""
+    from lichen.sync.collector.reading import empty, slot_of
+    from lichen.sync.trust.device import utc_now
+
+    try:
+        return await _census(folder, policy)
+    except (FleetError, SourceError, ConfigError) as error:
+        typer.echo(str(error), err=True)
+        return empty(slot_of(policy), utc_now())
+
+
+async def _census(folder: Path, policy: Policy) -> Census:
+    """What the collector of the fleet's bundle knows. Raises FleetError, SourceError, ConfigError."""
     import httpx
 
     from lichen.sync.collector.reading import empty, read_census, slot_of
@@ -255,8 +267,6 @@ async def _census(folder: Path, policy: Policy, *, optional: bool = False) -> Ce
         raise FleetError(f"{folder / 'enrolment.json'} cannot be read: {error.strerror}.") from error
     slot = slot_of(policy)
     if collector is None:
-        if optional:
-            return empty(slot, utc_now())
         raise FleetError(
             "This fleet has no collector, so that nobody knows how the wave went.",
             hint="Make the fleet with --collector URL.",
