@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.certificate import machine_certificate, save
-from bench.simulated_fleet import DAY, NAME, START, SimulatedFleet, World
+from bench.simulated_device import DAY, NAME, START, World
+from bench.simulated_fleet import SimulatedFleet
 from bench.table import Rows, aligned, number
 from lichen.errors import LichenError
 from lichen.sync.rollout import DeviceFacts, Gates, Policy, pause, wave_of
@@ -76,7 +77,7 @@ def rows(record: dict[str, Any]) -> Rows:
 
 def _good(devices: int) -> dict[str, Any]:
     """A rollout that goes through all waves. The first one must be able to show something in 100 devices."""
-    gates = Gates(max_rollbacks=0.005, min_reports=max(3, devices // 50), soak_s=DAY)
+    gates = Gates(max_rollbacks=0.005, min_reports=max(1, devices // 100), soak_s=DAY)
     world = World(devices=devices, faulty=0, gates=gates)
     life = _lived(world)
     fleet, costs = life.fleet, life.fleet.costs

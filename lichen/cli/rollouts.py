@@ -19,7 +19,7 @@ from lichen.errors import ConfigError, FleetError, NotFound, SourceError
 if TYPE_CHECKING:
     from lichen.sync.collector.board import Board, Census
     from lichen.sync.gates import Verdict
-    from lichen.sync.rollout import Gates, Policy, Wave
+    from lichen.sync.rollout import Gates, Kind, Policy, Wave
     from lichen.sync.trust.rollouts import Rollouts
 
 READER = "LICHEN_FLEET_READER"
@@ -88,17 +88,10 @@ def rollout(
         patience_s=None if patience is None else seconds(patience),
     )
     planned = _waves(wave or waves.split(","), gates, spread_s=seconds(spread), hold=not automatic)
-    if kind not in ("models", "adapters", "mixtures", "checkpoints"):
-        raise ConfigError(f"A rollout is of models, adapters, mixtures or checkpoints, not of {kind}.")
-    policy = rollouts.start(kind, name, version, planned, previous=previous, stop_only=stop_only)  # type: ignore[arg-type] # looked at above
-    from lichen.sync.gates import detectable
-
+    policy = rollouts.start(_kind(kind), name, version, planned, previous=previous, stop_only=stop_only)
     _show(policy, as_json)
     if not as_json:
-        seen = detectable(min_reports)
-        typer.echo(
-            f"{min_reports} reports show a fault that hits {seen:.1%} of devices or more, 19 times of 20."
-        )
+        typer.echo(_what_shows(min_reports))
 
 
 @fleet.command()
@@ -183,6 +176,25 @@ def seconds(text: str) -> float:
     if match is None:
         raise ConfigError(f"{text!r} is no time.", hint="Write it like 90s, 5m, 1.5h or 2d.")
     return float(match[1]) * _TIMES[match[2] or "s"]
+
+
+def _kind(text: str) -> Kind:
+    from lichen.sync.rollout import Kind
+
+    try:
+        kind: Kind = msgspec.convert(text, Kind)
+    except msgspec.ValidationError as error:
+        raise ConfigError(
+            f"A rollout is of models, adapters, mixtures or checkpoints, not of {text}."
+        ) from error
+    return kind
+
+
+def _what_shows(reports: int) -> str:
+    from lichen.sync.gates import detectable
+
+    share = detectable(reports)
+    return f"{reports} reports show a fault that hits {share:.1%} of devices or more, 19 times of 20."
 
 
 def _waves(specifications: list[str], gates: Gates, **more: Any) -> tuple[Wave, ...]:

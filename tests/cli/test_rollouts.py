@@ -68,22 +68,30 @@ def telling(bundle: Path, url: str, sha256: str, *states: State) -> list[str]:
     return asyncio.run(tell())
 
 
-def test_a_rollout_from_its_first_wave_to_its_rollback(tmp_path: Path) -> None:
-    """Publish twice, roll out, report, advance, fail, and be rolled back by `watch`."""
-    repository, data = tmp_path / "fleet", tmp_path / "collector"
-    environment = {**PASSPHRASE, "LICHEN_HOME": str(tmp_path / "home")}
+class Typing:
+    """Somebody who types `lichen fleet` commands, in this process."""
 
-    def run(*words: str) -> str:
-        """In this process; what it prints."""
-        done = CliRunner().invoke(app, ["fleet", *words], env=environment, catch_exceptions=False)
+    def __init__(self, home: Path) -> None:
+        self.environment = {**PASSPHRASE, "LICHEN_HOME": str(home)}
+
+    def run(self, *words: str) -> str:
+        """What a command prints."""
+        done = CliRunner().invoke(app, ["fleet", *words], env=self.environment, catch_exceptions=False)
         assert done.exit_code == 0, done.output
         return done.stdout
 
-    def complaint(*words: str) -> str:
+    def complaint(self, *words: str) -> str:
+        """What a command refuses with."""
         with pytest.raises(LichenError) as caught:
-            run(*words)
+            self.run(*words)
         return str(caught.value)
 
+
+def test_a_rollout_from_its_first_wave_to_its_rollback(tmp_path: Path) -> None:
+    """Publish twice, roll out, report, advance, fail, and be rolled back by `watch`."""
+    repository, data = tmp_path / "fleet", tmp_path / "collector"
+    person = Typing(tmp_path / "home")
+    run, complaint, environment = person.run, person.complaint, person.environment
     folder = str(repository)
     init = ("init", folder, "--mirror", repository.as_uri(), "--name", "moss")
     assert "cannot be a collector" in complaint(*init, "--collector", "http://c.example/")
@@ -119,9 +127,7 @@ def test_a_rollout_from_its_first_wave_to_its_rollback(tmp_path: Path) -> None:
         opened = json.loads(run("rollout", folder, "support", "--advance", "--json"))
         assert (opened["policy"]["opened"], opened["verdict"]["action"]) == (2, "open")
         telling(bundle, url, second, "rolled_back")
-        watched = run("watch", folder, "support", "--once")
-        assert "rolled back" in watched
-        assert "1 of 4 devices rolled back" in watched
+        assert "1 of 4 devices rolled back" in run("watch", folder, "support", "--once")
         shown = run("status", folder, "support")
         for part in (
             "adapters/support: rolled back",

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.simulated_fleet import DAY, SLOT, START, SimulatedFleet, World
+from bench.simulated_device import DAY, SLOT, START, World
+from bench.simulated_fleet import SimulatedFleet
 from lichen.sync.rollout import DeviceFacts, Gates, wave_of
 from lichen.sync.updates.states import LAST
 
