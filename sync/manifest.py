@@ -120,9 +120,12 @@ def read_manifest(custom: object, *, running: str) -> AnyManifest:
         raise ManifestError(
             f"This lichen knows no target of kind {_shown(kind)}.", hint=f"It knows: {', '.join(KINDS)}."
         )
+    fields = dict(custom)
     try:
-        manifest: AnyManifest = msgspec.convert(dict(custom), type=AnyManifest)
-    except (msgspec.ValidationError, RecursionError) as error:
+        if isinstance(health := fields.get("health"), str):
+            fields["health"] = msgspec.json.decode(health)
+        manifest: AnyManifest = msgspec.convert(fields, type=AnyManifest)
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
         raise ManifestError(f"The target's manifest is malformed: {error}.") from error
     return manifest
 
@@ -133,9 +136,15 @@ def make_manifest(fields: Mapping[str, Any], *, running: str) -> AnyManifest:
 
 
 def custom_of(manifest: AnyManifest) -> dict[str, Any]:
-    """The manifest as JSON's types, for a target's custom metadata."""
+    """The manifest as JSON's types, for a target's custom metadata.
+
+    The bar of the trial is JSON within a text there, since what is signed holds no fractions (canonical
+    JSON, https://wiki.laptop.org/go/Canonical_JSON).
+    """
     custom: dict[str, Any] = msgspec.to_builtins(manifest)
-    return custom
+    if manifest.health is not None:
+        custom["health"] = msgspec.json.encode(manifest.health).decode()
+    return {name: value for name, value in custom.items() if value is not None}
 
 
 def _release(version: str) -> tuple[int, int, int] | None:
