@@ -13,14 +13,16 @@ from pathlib import Path
 
 import httpx
 import pytest
+from typer.testing import CliRunner
 
+from lichen.cli import app
 from lichen.cli.rollouts import seconds
-from lichen.errors import ConfigError
+from lichen.errors import ConfigError, LichenError
 from lichen.sync.reporting.key import DeviceKey
 from lichen.sync.reporting.outbox import Outbox
 from lichen.sync.reporting.reporter import Reporter, http_post
 from lichen.sync.trust.enrolment import read_enrolment
-from tests.cli.test_commands import complaint, lichen
+from lichen.sync.updates.states import Cause, State
 from tests.sync.reporting import report
 
 PASSPHRASE = {"LICHEN_FLEET_PASSPHRASE": "correct horse"}
@@ -47,7 +49,7 @@ def collecting(data: Path, bundle: Path, *words: str) -> Iterator[str]:
         assert process.wait(20) == 0
 
 
-def telling(bundle: Path, url: str, *states: str) -> list[str]:
+def telling(bundle: Path, url: str, sha256: str, *states: State) -> list[str]:
     """One new device for each state reports it of version 2; their ids."""
     enrolment = read_enrolment(bundle.read_bytes())
 
@@ -56,8 +58,8 @@ def telling(bundle: Path, url: str, *states: str) -> list[str]:
         async with httpx.AsyncClient() as client:
             for state in states:
                 reporter = Reporter(DeviceKey.generate(), Outbox(":memory:"), enrolment)
-                cause = "unhealthy" if state == "rolled_back" else ""
-                reporter.put(report(sha256=SECOND, state=state, cause=cause, quality=1.0))
+                cause: Cause = "unhealthy" if state == "rolled_back" else ""
+                reporter.put(report(sha256=sha256, state=state, cause=cause, quality=1.0))
                 await reporter.flush(http_post(client, url))
                 reporter.close()
                 ids.append(reporter.id)
@@ -66,76 +68,78 @@ def telling(bundle: Path, url: str, *states: str) -> list[str]:
     return asyncio.run(tell())
 
 
-SECOND = "e56dbc6a2d8c0d7bcd1c4d2c0bc4ef55f0ee2e5e7e4b9d5c6e6b1a3a2b3c4d5e"  # replaced by the test
-
-
-def test_a_rollout_from_its_first_wave_to_its_rollback(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rollout_from_its_first_wave_to_its_rollback(tmp_path: Path) -> None:
     """Publish twice, roll out, report, advance, fail, and be rolled back by `watch`."""
     repository, data = tmp_path / "fleet", tmp_path / "collector"
-    environment = dict(PASSPHRASE)
+    environment = {**PASSPHRASE, "LICHEN_HOME": str(tmp_path / "home")}
 
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        return lichen("fleet", *words, home=tmp_path / "home", **environment)
+    def run(*words: str) -> str:
+        """In this process; what it prints."""
+        done = CliRunner().invoke(app, ["fleet", *words], env=environment, catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    def complaint(*words: str) -> str:
+        with pytest.raises(LichenError) as caught:
+            run(*words)
+        return str(caught.value)
 
     folder = str(repository)
     init = ("init", folder, "--mirror", repository.as_uri(), "--name", "moss")
-    assert "cannot be a collector" in complaint(run(*init, "--collector", "http://c.example/"))
+    assert "cannot be a collector" in complaint(*init, "--collector", "http://c.example/")
     made = run(*init, "--collector", "http://127.0.0.1:1/", "--json")
-    bundle = Path(json.loads(made.stdout)["bundle"])
+    bundle = Path(json.loads(made)["bundle"])
     for version in ("1", "2"):
         file = tmp_path / f"support-{version}"
         file.write_bytes(f"lora {version}".encode())
         words = ("--kind", "adapters", "--licence", "MIT", "--base", "b" * 64, "--json")
-        published = json.loads(run("publish", folder, str(file), *words).stdout)
-    monkeypatch.setattr(sys.modules[__name__], "SECOND", published["sha256"])
+        published = json.loads(run("publish", folder, str(file), *words))
+    second = published["sha256"]
     begin = ("rollout", folder, "support", "--kind", "adapters", "--version")
-    assert "no target 'adapters/support-3'" in complaint(run(*begin, "3"))
-    assert "is no wave" in complaint(run(*begin, "2", "--waves", "many"))
+    assert "no target 'adapters/support-3'" in complaint(*begin, "3")
+    assert "is no wave" in complaint(*begin, "2", "--waves", "many")
     started = run(
         *begin, "2", "--previous", "1", "--waves", "100%,100%", "--min-reports", "3", "--soak", "0s"
     )
-    assert "running, 1 of 2 waves open" in started.stdout, started.stderr
-    assert "19 times of 20" in started.stdout
-    assert "under way" in complaint(run(*begin, "2"))
-    assert "running" not in run("pause", folder, "support", "--reason", "lunch").stdout
-    assert "cannot be advanced" not in run("status", folder).stderr
-    assert "running" in run("resume", folder, "support").stdout
+    assert "running, 1 of 2 waves open" in started
+    assert "19 times of 20" in started
+    assert "under way" in complaint(*begin, "2")
+    assert "running" not in run("pause", folder, "support", "--reason", "lunch")
+    assert "paused" in run("status", folder)
+    assert "running" in run("resume", folder, "support")
 
     with collecting(data, bundle) as url:
         text = bundle.read_text(encoding="utf-8")
         bundle.write_text(text.replace("http://127.0.0.1:1/", url), encoding="utf-8")
-        assert "needs a token" in complaint(run("rollout", folder, "support", "--advance"))
+        assert "needs a token" in complaint("rollout", folder, "support", "--advance")
         environment["LICHEN_FLEET_READER"] = (data / "reader.token").read_text(encoding="ascii").strip()
-        assert "0 of 3 reports" in run("rollout", folder, "support", "--advance").stdout
-        good = telling(bundle, url, "confirmed", "confirmed", "confirmed")
-        assert "Open the next wave" in run("watch", folder, "--once").stdout
-        opened = json.loads(run("rollout", folder, "support", "--advance", "--json").stdout)
+        assert "0 of 3 reports" in run("rollout", folder, "support", "--advance")
+        good = telling(bundle, url, second, "confirmed", "confirmed", "confirmed")
+        assert "Open the next wave" in run("watch", folder, "--once")
+        opened = json.loads(run("rollout", folder, "support", "--advance", "--json"))
         assert (opened["policy"]["opened"], opened["verdict"]["action"]) == (2, "open")
-        telling(bundle, url, "rolled_back")
-        watched = run("watch", folder, "support", "--once").stdout
+        telling(bundle, url, second, "rolled_back")
+        watched = run("watch", folder, "support", "--once")
         assert "rolled back" in watched
         assert "1 of 4 devices rolled back" in watched
-        shown = run("status", folder, "support").stdout
-        for words in (
+        shown = run("status", folder, "support")
+        for part in (
             "adapters/support: rolled back",
             "3 confirmed, 1 rolled back",
             "unhealthy",
             "Quality: 1.000",
         ):
-            assert words in shown, shown
-        (board,) = json.loads(run("status", folder, "--json").stdout)
+            assert part in shown, shown
+        (board,) = json.loads(run("status", folder, "--json"))
         assert (board["devices"], board["versions"]) == (4, {"adapters/support-2": 3})
         page = httpx.get(url, auth=("anybody", environment["LICHEN_FLEET_READER"]))
         assert page.status_code == 200
         assert "rolled back" in page.text
         assert "adapters/support-2" in page.text
-        assert run("members", str(data), "--expel", good[0]).returncode == 0
-        assert json.loads(run("status", folder, "--json").stdout)[0]["devices"] == 3
-    again = run(*begin, "2", "--previous", "1")
-    assert again.returncode == 0, "the same version may be tried again"
-    assert "rolled back" in run("rollback", folder, "support").stdout
+        run("members", str(data), "--expel", good[0])
+        assert json.loads(run("status", folder, "--json"))[0]["devices"] == 3
+    assert "running" in run(*begin, "2", "--previous", "1"), "the same version may be tried again"
+    assert "rolled back" in run("rollback", folder, "support")
 
 
 def test_times_as_people_write_them() -> None:
