@@ -109,8 +109,10 @@ class ModelPool(Residency):
         """
         name = name or DEFAULT
         old = self._names.get(name)
+        if old is None or old.state != "ready":
+            return False
         found = await asyncio.to_thread(self.shelf.find, name)
-        if old is None or old.state != "ready" or old.candidate.name == found.name:
+        if old.candidate.name == found.name:
             return False
         try:
             new = await self._acquire(found.name)

@@ -120,12 +120,12 @@ def read_manifest(custom: object, *, running: str) -> AnyManifest:
         raise ManifestError(
             f"This lichen knows no target of kind {_shown(kind)}.", hint=f"It knows: {', '.join(KINDS)}."
         )
+    fields = dict(custom)
     try:
-        fields = dict(custom)
-        if isinstance(fields.get("health"), str):  # see `custom_of`
-            fields["health"] = msgspec.json.decode(fields["health"])
+        if isinstance(health := fields.get("health"), str):
+            fields["health"] = msgspec.json.decode(health)
         manifest: AnyManifest = msgspec.convert(fields, type=AnyManifest)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
         raise ManifestError(f"The target's manifest is malformed: {error}.") from error
     return manifest
 
@@ -136,11 +136,15 @@ def make_manifest(fields: Mapping[str, Any], *, running: str) -> AnyManifest:
 
 
 def custom_of(manifest: AnyManifest) -> dict[str, Any]:
-    """The manifest as JSON's types, for a target's custom metadata."""
+    """The manifest as JSON's types, for a target's custom metadata.
+
+    The bar of the trial is JSON within a text there, since what is signed holds no fractions (canonical
+    JSON, https://wiki.laptop.org/go/Canonical_JSON).
+    """
     custom: dict[str, Any] = msgspec.to_builtins(manifest)
-    if manifest.health is not None:  # as text, since the canonical JSON that is signed knows no fractions
+    if manifest.health is not None:
         custom["health"] = msgspec.json.encode(manifest.health).decode()
-    return custom
+    return {name: value for name, value in custom.items() if value is not None}
 
 
 def _release(version: str) -> tuple[int, int, int] | None:

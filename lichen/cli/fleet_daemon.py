@@ -12,8 +12,8 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Coroutine
-from contextlib import suppress
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
@@ -165,6 +165,21 @@ def takes_updates(config: Config) -> bool:
     """Whether a daemon on this machine takes updates: it is in a fleet, may, and has what it needs."""
     wanted = config.fleet_updates and not config.offline
     return wanted and (config.home / "fleet" / "enrolment.json").is_file() and find_spec("tuf") is not None
+
+
+@asynccontextmanager
+async def updating(config: Config, pool: ModelPool) -> AsyncIterator[None]:
+    """Inside, the daemon moves to new versions, and takes them where this machine is in a fleet."""
+    moving = asyncio.ensure_future(Mover(config, pool).run())
+    taker = Taker(config, pool, asyncio.get_running_loop()) if takes_updates(config) else None
+    try:
+        if taker is not None:
+            taker.start()
+        yield
+    finally:
+        moving.cancel()
+        if taker is not None:
+            taker.stop()
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

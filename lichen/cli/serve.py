@@ -97,7 +97,7 @@ def run_daemon(config: Config) -> None:
     progress = LoadProgress()
     Thread(target=_load, args=(config, loading, progress), name="lichen-load", daemon=True).start()
 
-    from lichen.cli.fleet_daemon import Mover, Taker, takes_updates
+    from lichen.cli.fleet_daemon import updating
     from lichen.runtime.http.daemon import DaemonOptions, serve
     from lichen.runtime.pool import ModelPool, PoolOptions
     from lichen.shelf import StoreShelf
@@ -134,16 +134,8 @@ def run_daemon(config: Config) -> None:
         pool = ModelPool(StoreShelf(config), pool_options)
         store = Store(config.home / "store", offline=config.offline)
         first = pool.start(asyncio.wrap_future(loading), progress)
-        moving = asyncio.ensure_future(Mover(config, pool).run())
-        taker = Taker(config, pool, asyncio.get_running_loop()) if takes_updates(config) else None
-        try:
-            if taker is not None:
-                taker.start()
+        async with updating(config, pool):
             await serve(options, pool, first, store=store, on_event=lambda line: print(line, flush=True))
-        finally:
-            moving.cancel()
-            if taker is not None:
-                taker.stop()
 
     try:
         import uvloop

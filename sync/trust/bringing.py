@@ -12,6 +12,9 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
+
+import msgspec
 
 from lichen.errors import HashMismatch, NotFound, OfflineError, SourceError
 from lichen.sync.fetch import fetch
@@ -85,6 +88,8 @@ class FleetSupply:
     ) -> bool:
         """Whether the recipe gave the file; a wrong one can have been signed."""
         store = Store(self._store.root)  # being offline was looked at: a folder is no network
+        if await asyncio.to_thread(_without_packs, self._urls):
+            recipe = msgspec.structs.replace(recipe, packs=(), pieces=())
         async with AsyncExitStack() as stack:
             mirrors = [open_mirror(url) for url in self._urls]
             for mirror in mirrors:
@@ -106,6 +111,13 @@ class FleetSupply:
             await asyncio.to_thread(store.place, partial, target.sha256)
         if progress is not None:
             progress(FetchProgress("done", size, size, size, 0.0))
+
+
+def _without_packs(urls: Sequence[str]) -> bool:
+    """Whether all mirrors are folders that keep no packs, as sticks do."""
+    return all(
+        url.startswith("file:") and not (Path(unquote(urlsplit(url).path)) / "packs").is_dir() for url in urls
+    )
 
 
 async def _recipe(target: FleetTarget, urls: Sequence[str]) -> Recipe | None:

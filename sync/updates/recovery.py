@@ -68,12 +68,15 @@ def _mend(pair: _Pair, name: str, update: Update | None, slot: Slot) -> None:
         if slot.confirmed:
             pair.ledger.save(advanced(update, "confirmed", pair.now))
     else:
-        _mend_unserved(pair, update, slot)
+        _mend_unserved(pair, name, update, slot)
 
 
-def _mend_unserved(pair: _Pair, update: Update, slot: Slot) -> None:
+def _mend_unserved(pair: _Pair, name: str, update: Update, slot: Slot) -> None:
     """An update that has not ended and does not serve: most are only on their way."""
-    if update.sha256 in slot.bad:
+    if slot.active is not None and not slot.confirmed:  # the record is older than what serves
+        pair.end(update, "superseded", f"{slot.active.target} came instead.")
+        pair.ledger.add(_adopted(name, slot.active, pair.now))
+    elif update.sha256 in slot.bad:
         pair.end(update, "unhealthy", "It failed its trial.")
     elif update.state == "active" and pair.whole(update):
         pair.switch(update, confirmed=False)  # the switch was torn

@@ -1,0 +1,119 @@
+"""A daemon of a fleet, with the real model: it moves to a version while it answers, and not to a bad one."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+
+from lichen.quant.gguf_check import tensor_places
+from tests.cli.test_commands import lichen
+from tests.conftest import RunningDaemon, StartDaemon
+
+HEALTH = {
+    "prompts": [{"text": "What is the capital of France?", "expects": ["Paris"], "max_tokens": 24}],
+    "seconds": 120,
+}
+
+
+def spoiled(path: Path, target: Path) -> None:
+    """The model with a few tensors of noise: it loads, and speaks no language."""
+    data = bytearray(path.read_bytes())
+    chance = random.Random(0)
+    for place in tensor_places(path)[1:40:4]:
+        data[place.offset : place.offset + place.size] = chance.randbytes(place.size)
+    target.write_bytes(data)
+
+
+def renamed(path: Path, target: Path) -> None:
+    """The same weights under another hash: one byte of a text in the header."""
+    data = path.read_bytes()
+    at = data.index(b"You are a helpful AI assistant")
+    target.write_bytes(data[:at] + b"you" + data[at + 3 :])
+
+
+async def asking(url: str, until: Callable[[], bool]) -> tuple[set[str], int]:
+    """Ask `fleet:support` all the time; the models that answered, and how often."""
+    answered, count = set(), 0
+    async with httpx.AsyncClient(timeout=60) as client:
+        while not until():
+            body = {
+                "model": "fleet:support",
+                "messages": [{"role": "user", "content": "What is the capital of France?"}],
+                "max_tokens": 12,
+                "temperature": 0,
+            }
+            answer = await client.post(f"{url}/v1/chat/completions", json=body)
+            assert answer.status_code == 200, answer.text
+            assert "Paris" in answer.json()["choices"][0]["message"]["content"]
+            answered.add(answer.json()["model"])
+            count += 1
+    return answered, count
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_no_request_is_dropped_while_versions_come_and_go(
+    tmp_path: Path, model_path: Path, start_daemon: StartDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, repository = tmp_path / "home", tmp_path / "fleet"
+    (tmp_path / "health.json").write_text(json.dumps(HEALTH))
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        done = lichen("fleet", *words, home=home, LICHEN_FLEET_PASSPHRASE="correct horse")
+        assert done.returncode == 0, done.stderr
+        return done
+
+    def publish(file: Path) -> None:
+        words = ("--kind", "models", "--name", "support", "--licence", "Apache-2.0")
+        run("publish", str(repository), str(file), *words, "--health", str(tmp_path / "health.json"))
+
+    def stands() -> tuple[str, str]:
+        (row,) = json.loads(run("state", "--json").stdout)["updates"]
+        return row["state"], row["reason"]
+
+    def waiting_for(state: str) -> Callable[[], bool]:
+        deadline, last = time.monotonic() + 240, [0.0]
+
+        def reached() -> bool:
+            assert time.monotonic() < deadline, stands()
+            if time.monotonic() - last[0] < 1:
+                return False
+            last[0] = time.monotonic()
+            return stands()[0] == state
+
+        return reached
+
+    run("init", str(repository), "--mirror", repository.as_uri(), "--name", "moss")
+    publish(model_path)
+    run("enrol", str(repository / "enrolment.json"))
+    run("pull", "models/support")
+    monkeypatch.setenv("LICHEN_FLEET_EVERY", "2")
+    monkeypatch.setenv("LICHEN_FLEET_BATTERY", "true")
+    daemon: RunningDaemon = start_daemon("--model", "fleet:support", "--log-level", "info", home=home)
+
+    second, bad = tmp_path / "second.gguf", tmp_path / "bad.gguf"
+    renamed(model_path, second)
+    publish(second)
+    first = loaded(daemon)
+    answered, count = asyncio.run(asking(daemon.url, lambda: not first & loaded(daemon)))
+    assert count >= 2
+    spoiled(model_path, bad)
+    publish(bad)
+    more, _ = asyncio.run(asking(daemon.url, waiting_for("rolled back")))
+    assert "answered 0 of 1" in stands()[1]
+    assert len(answered | more) == 2, "the first and the second version, and never the bad one"
+
+
+def loaded(daemon: RunningDaemon) -> set[str]:
+    """Names of the models that are in the daemon."""
+    models = daemon.status()["models"]
+    assert isinstance(models, list)
+    return {model["name"] for model in models}
