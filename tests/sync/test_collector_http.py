@@ -64,23 +64,20 @@ async def test_a_device_reports_and_a_person_reads(served: Served) -> None:
     "header",
     [
         None,
-        "Bearer ",
+        "Bearer",
         "Bearer wrong",
         f"Basic {READER}",
         "Basic !!",
         "Basic " + base64.b64encode(b"\xff\xfe").decode(),
         "Basic " + base64.b64encode(b"me:wrong").decode(),
         f"Digest {READER}",
-        f"Bearer {READER} ",
+        f"Bearer  {READER}",
     ],
 )
 async def test_nobody_reads_without_the_token(served: Served, header: str | None) -> None:
     headers = {} if header is None else {"Authorization": header}
     for path in ("/", "/v1/status", f"/v1/census?slot={SLOT}"):
         answer = await served.client.get(path, headers=headers)
-        if header is not None and header.strip() == f"Bearer {READER}":
-            assert answer.status_code in (200, 404), "space around a header is no part of it"
-            continue
         assert answer.status_code == 401
         assert answer.headers["www-authenticate"].startswith("Basic")
         assert READER not in answer.text
