@@ -46,12 +46,16 @@ def collect(
     retention: Annotated[str, typer.Option(help="How long outcomes are kept.")] = RETENTION,
     tls_cert: Annotated[Optional[Path], typer.Option(help="Certificate (PEM): speak HTTPS.")] = None,
     tls_key: Annotated[Optional[Path], typer.Option(help="Private key of the certificate (PEM).")] = None,
+    behind_proxy: Annotated[
+        bool, typer.Option("--behind-proxy", help="Listen beyond this machine without TLS: a proxy has it.")
+    ] = False,
 ) -> None:
     """Take reports of a fleet's devices, and show what became of rollouts."""
     _needs_extra()
     from lichen.runtime.http.tls import server_context
     from lichen.sync.collector.app import CollectorApp, listening
     from lichen.sync.collector.desk import Desk
+    from lichen.sync.trust.enrolment import LOOPBACK
 
     enrolment = _bundle(bundle)
     if enrolment.token is None:
@@ -60,6 +64,11 @@ def collect(
         )
     token, (host, port) = enrolment.token, _address(listen)
     tls = server_context(tls_cert, tls_key)
+    if tls is None and host not in LOOPBACK and not behind_proxy:
+        raise ConfigError(
+            f"On {host} the tokens of this collector could be read by its whole network.",
+            hint="Give --tls-cert and --tls-key, or say --behind-proxy.",
+        )
     reader = _reader(data)
     database = _database(data, max_devices, seconds(retention))
     desk = Desk(database, fleet=enrolment.fleet, token=token, clock=time.time, approve=approve)

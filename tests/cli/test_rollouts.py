@@ -148,6 +148,18 @@ def test_a_rollout_from_its_first_wave_to_its_rollback(tmp_path: Path) -> None:
     assert "rolled back" in run("rollback", folder, "support")
 
 
+def test_a_collector_keeps_its_tokens_from_the_network(tmp_path: Path) -> None:
+    person, bundle = Typing(tmp_path / "home"), str(tmp_path / "fleet" / "enrolment.json")
+    init = ("init", str(tmp_path / "fleet"), "--mirror", "https://m.example", "--root-keys", "1")
+    person.run(*init, "--threshold", "1", "--collector", "https://c.example")
+    words = ("collect", str(tmp_path / "data"), "--bundle", bundle, "--listen")
+    assert "could be read by its whole network" in person.complaint(*words, "0.0.0.0:0")
+    assert "is no address" in person.complaint(*words, "8643")
+    assert not (tmp_path / "data").exists()
+    Path(bundle).write_text("{}", encoding="utf-8")
+    assert "malformed" in person.complaint(*words, "127.0.0.1:0")
+
+
 def test_times_as_people_write_them() -> None:
     assert [seconds(text) for text in ("90", "30s", "5m", "1.5h", "2d")] == [90, 30, 300, 5400, 172_800]
     for bad in ("", "soon", "-1s", "1w", "1e9", "nan", "9" * 99):
