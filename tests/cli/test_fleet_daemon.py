@@ -42,7 +42,7 @@ def renamed(path: Path, target: Path) -> None:
 async def asking(url: str, until: Callable[[], bool]) -> tuple[set[str], int]:
     """Ask `fleet:support` all the time; the models that answered, and how often."""
     answered, count = set(), 0
-    async with httpx.AsyncClient(timeout=60) as client:
+    async with httpx.AsyncClient(timeout=300) as client:
         while not until():
             body = {
                 "model": "fleet:support",
@@ -97,7 +97,7 @@ def test_no_request_is_dropped_while_versions_come_and_go(
     run("pull", "models/support")
     monkeypatch.setenv("LICHEN_FLEET_EVERY", "2")
     monkeypatch.setenv("LICHEN_FLEET_BATTERY", "true")
-    daemon: RunningDaemon = start_daemon("--model", "fleet:support", "--log-level", "info", home=home)
+    daemon: RunningDaemon = start_daemon("--model", "fleet:support", home=home)
 
     second, bad = tmp_path / "second.gguf", tmp_path / "bad.gguf"
     renamed(model_path, second)
