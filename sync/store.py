@@ -261,7 +261,7 @@ class Store:
         """Forget a model; returns the bytes that became free (0 while another name has the same file)."""
         manifest = self.get(name)
         if manifest.source.startswith(FLEET):
-            raise StoreError(f"{name} belongs to the fleet.", hint="lichen fleet drop takes it out of use.")
+            raise StoreError(f"{name} belongs to the fleet.", hint="Its publisher can take it back.")
         self._manifest_path(name).unlink()
         return manifest.size if self.discard({manifest.sha256}) else 0
 

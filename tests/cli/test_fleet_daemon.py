@@ -18,7 +18,7 @@ from tests.cli.test_commands import lichen
 from tests.conftest import RunningDaemon, StartDaemon
 
 HEALTH = {
-    "prompts": [{"text": "What is the capital of France?", "expects": ["Paris"], "max_tokens": 24}],
+    "prompts": [{"text": "Why is the sky blue?", "expects": ["scatter"], "max_tokens": 24}],
     "seconds": 120,
 }
 
@@ -42,17 +42,17 @@ def renamed(path: Path, target: Path) -> None:
 async def asking(url: str, until: Callable[[], bool]) -> tuple[set[str], int]:
     """Ask `fleet:support` all the time; the models that answered, and how often."""
     answered, count = set(), 0
-    async with httpx.AsyncClient(timeout=60) as client:
+    async with httpx.AsyncClient(timeout=300) as client:
         while not until():
             body = {
                 "model": "fleet:support",
-                "messages": [{"role": "user", "content": "What is the capital of France?"}],
-                "max_tokens": 12,
+                "messages": [{"role": "user", "content": "Why is the sky blue?"}],
+                "max_tokens": 16,
                 "temperature": 0,
             }
             answer = await client.post(f"{url}/v1/chat/completions", json=body)
             assert answer.status_code == 200, answer.text
-            assert "Paris" in answer.json()["choices"][0]["message"]["content"]
+            assert "sky" in answer.json()["choices"][0]["message"]["content"]
             answered.add(answer.json()["model"])
             count += 1
     return answered, count
@@ -97,7 +97,7 @@ def test_no_request_is_dropped_while_versions_come_and_go(
     run("pull", "models/support")
     monkeypatch.setenv("LICHEN_FLEET_EVERY", "2")
     monkeypatch.setenv("LICHEN_FLEET_BATTERY", "true")
-    daemon: RunningDaemon = start_daemon("--model", "fleet:support", "--log-level", "info", home=home)
+    daemon: RunningDaemon = start_daemon("--model", "fleet:support", home=home)
 
     second, bad = tmp_path / "second.gguf", tmp_path / "bad.gguf"
     renamed(model_path, second)

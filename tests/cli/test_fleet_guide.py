@@ -61,7 +61,7 @@ def test_the_guide_runs(places: dict[str, str], tmp_path: Path) -> None:
             run("lichen fleet enrol enrolment.json", second)
             shutil.rmtree(tmp_path / "fleet" / "metadata")  # no network: its mirror is gone
         run(line, second if line.startswith("lichen import") else first)
-    assert "Paris" in said['lichen run fleet:support "What is the capital of France?"']
+    assert said['lichen run fleet:support "Why is the sky blue?"'].strip()
     assert "models/support-1" in said["lichen fleet state"]
     state = json.loads(run("lichen fleet state --json", first).stdout)
     assert {row["name"]: row["state"] for row in state["updates"]} == {
