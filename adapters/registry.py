@@ -151,6 +151,10 @@ class Registry:
         """The GGUF of a version, as `version` finds it. Raises NotFound."""
         return self.folder / name / self._digest(name, digest) / ADAPTER
 
+    def place(self, name: str, digest: str) -> Path:
+        """Where the GGUF of a version lies, or would lie."""
+        return self.folder / name / digest / ADAPTER
+
     # What serves
 
     def standing(self, name: str) -> Standing:

@@ -191,6 +191,17 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             bytes=True,
         ),
     ] = 8_000_000
+    adapter_memory: Annotated[
+        Annotated[int, Meta(ge=1_000_000, le=1 << 50)],
+        _about(
+            "Memory for the adapters of one model; past it those go that nobody uses, the longest idle "
+            "first.",
+            metavar="BYTES",
+            allowed="a number of bytes from 1 MB to 1024 TiB, such as 500000000 or '2 GB'",
+            default="1 GB",
+            bytes=True,
+        ),
+    ] = 1_000_000_000
     keep_alive: Annotated[
         Annotated[float, Meta(ge=-1, le=31_536_000)],
         _about(
@@ -286,6 +297,17 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             "Disk space for uploaded files to learn from; 0 takes none.",
             metavar="BYTES",
             allowed="a number of bytes, such as 500000000 or '2 GB'; 0 for none",
+            default="2 GB",
+            bytes=True,
+        ),
+    ] = 2_000_000_000
+    adapters_limit: Annotated[
+        Annotated[int, Meta(ge=0, le=1 << 50)],
+        _about(
+            "Disk space under adapters/ of the home for versions of adapters. Past it the oldest go, but "
+            "never one that serves, nor the one before it.",
+            metavar="BYTES",
+            allowed="a number of bytes, such as 500000000 or '2 GB'",
             default="2 GB",
             bytes=True,
         ),

@@ -24,25 +24,23 @@ from dataclasses import replace
 import msgspec
 
 from lichen.errors import ContextOverflow, EngineError, LichenError, Unavailable
+from lichen.runtime.adapter_bank import AdapterBank
 from lichen.runtime.admission import Admission, State
-from lichen.runtime.batch import pack, slot_of
+from lichen.runtime.batch import decode_error, pack, slot_of
 from lichen.runtime.counters import Counters
 from lichen.runtime.drawing import Drawing
 from lichen.runtime.generation import deliver
 from lichen.runtime.metrics import EngineObserver
-from lichen.runtime.native import DECODE_NO_KV_SLOT, DECODE_OK, Context, Model
+from lichen.runtime.native import DECODE_OK, Context, Model
 from lichen.runtime.scheduler import Budget, Chunk, Scheduler
 from lichen.runtime.sequence import Failed, Finished, FinishReason, Prefill, Sequence
 from lichen.runtime.slots import SlotPool
 from lichen.runtime.speculation.plan import Speculation
 from lichen.runtime.speculation.verify import verify
-from lichen.runtime.spill import SpillStore
+from lichen.runtime.spill import SpillStores
 from lichen.runtime.warmth import Warmth
 
 log = logging.getLogger("lichen.engine")
-
-# Tokens that each waiting prompt may put between two tokens of a stream: bounds the gaps between them.
-PREFILL_SHARE = 64
 
 
 class Engine:
@@ -54,12 +52,13 @@ class Engine:
         context: Context,
         *,
         queue_limit: int,
-        spill: SpillStore | None = None,
+        spill: SpillStores | None = None,
         speculation: Speculation | None = None,
     ) -> None:
         self.model = model
         self.context = context
         self.observer: EngineObserver | None = None
+        self.adapters = AdapterBank(model, context)  # of the engine thread
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._waiting: deque[Sequence] = deque()
         self._running: dict[Sequence, Drawing] = {}
@@ -68,13 +67,7 @@ class Engine:
         self._warmth = Warmth(context, self._slots, spill, self.call)
         self._speculation = speculation or Speculation.off()
         self._stalled = False  # everything that waits, waits for the disk
-        self._scheduler = Scheduler(
-            Budget(
-                step=context.batch,
-                prompts_step=max(1, context.batch // 4),
-                share=min(PREFILL_SHARE, context.batch),
-            )
-        )
+        self._scheduler = Scheduler(Budget.of(context.batch))
         self._counters = Counters(free_slots=context.slots)
         self._admission = Admission(queue_limit + context.slots, queue_limit)
         self._thread = threading.Thread(target=self._run, name="lichen-engine", daemon=True)
@@ -93,7 +86,7 @@ class Engine:
                 raise ContextOverflow(len(sequence.prompt), self.context.context)
             sequence.options.check(self.model.vocab_size)
         self._admission.enter(len(sequences), self._counters)
-        self._inbox.put(lambda: self._waiting.extend(sequences))
+        self._inbox.put(lambda: self._enter(sequences))
 
     def cancel(self, sequence: Sequence) -> None:
         """End a sequence wherever it is; its cells are free before the next step. No event follows."""
@@ -116,6 +109,7 @@ class Engine:
         now.waiting = max(0, self._admission.count - now.running)
         now.restored_tokens = self._warmth.restored_tokens
         now.spilled_tokens = self._warmth.spilled_tokens
+        now.adapter_switches = self.adapters.switches
         return now
 
     def drain(self, timeout: float) -> bool:
@@ -159,6 +153,7 @@ class Engine:
                 close()
             self._speculation.close()
             self._warmth.close(spill=self._admission.failure is None)
+            self.adapters.close()
             self.context.close()
 
     def _closed(self) -> bool:
@@ -178,6 +173,11 @@ class Engine:
             command()
             wait = False
 
+    def _enter(self, sequences: tuple[Sequence, ...]) -> None:
+        self._waiting.extend(sequences)
+        for sequence in sequences:
+            self.adapters.begin(sequence.adaptation)
+
     def _admit(self) -> None:
         """Give free slots to waiting sequences, oldest first."""
         if self.state == "failed":
@@ -187,7 +187,7 @@ class Engine:
             sequence = self._waiting.popleft()
             if sequence.options.deterministic:
                 self._start(sequence)
-            elif self._slots.worth_waiting(sequence.prompt, self._running):
+            elif self._slots.worth_waiting(sequence.prompt, self._running, sequence.adaptation):
                 passed.append(sequence)  # another sequence computes the same beginning right now
             elif self._warmth.waits(sequence):
                 passed.append(sequence)  # its beginning comes from the disk
@@ -199,7 +199,7 @@ class Engine:
         self._count_now()
 
     def _start(self, sequence: Sequence) -> None:
-        placement = self._slots.acquire(sequence.prompt)
+        placement = self._slots.acquire(sequence.prompt, sequence.adaptation)
         assert placement is not None, "admitted without a free slot"
         if sequence.options.deterministic:  # from an empty cache
             placement = replace(placement, reused=0, copy_from=None)
@@ -218,6 +218,7 @@ class Engine:
         chunks = self._speculation.extend(self._scheduler.plan(self._running))
         # llama.cpp computes streams together only where their slots follow on each other in the batch.
         chunks.sort(key=lambda chunk: slot_of(chunk.sequence))
+        switches = self.adapters.switches
         if not self._decode(chunks):
             return
         self._counters.steps += 1
@@ -234,19 +235,21 @@ class Engine:
             last += len(chunk.draft)
         deliver(chunk.sequence for chunk in chunks)
         drawn = self._counters.completion_tokens - drawn
-        self._speculation.stepped(chunks, drawn, time.perf_counter() - began)
+        if switches == self.adapters.switches:  # else its time says nothing about what tokens cost
+            self._speculation.stepped(chunks, drawn, time.perf_counter() - began)
 
     def _decode(self, chunks: list[Chunk]) -> bool:
         """Compute the chunks; on failure give the error to their sequences and try to recover."""
         batch = pack(chunks)
-        code = self.context.decode(*batch)
-        if code == DECODE_OK:
-            return True
-        log.error("llama_decode returned %d for %d tokens of %d sequences.", code, len(batch[0]), len(chunks))
-        reason = "found no room in the KV cache" if code == DECODE_NO_KV_SLOT else f"failed with code {code}"
-        error = EngineError(
-            f"The engine could not compute this answer: decoding {reason}.", hint="Try again."
-        )
+        try:
+            self.adapters.apply(chunks[0].sequence.adaptation)
+            code = self.context.decode(*batch)
+            if code == DECODE_OK:
+                return True
+            error: LichenError = decode_error(code)
+        except LichenError as caught:  # of the adapter
+            error = caught
+        log.error("A step of %d tokens of %d sequences failed: %s", len(batch[0]), len(chunks), error)
         for sequence in [chunk.sequence for chunk in chunks]:
             self._end(sequence, Failed(error), keep=0)
         self._recover()
@@ -366,6 +369,7 @@ class Engine:
             self._warmth.released(slot)
             sequence.slot = None
         self._warmth.forget(sequence)
+        self.adapters.end(sequence.adaptation)
         self._count_now()
         self._admission.leave()
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lichen.errors import EngineError, ModelFileError
+from lichen.errors import AdapterError, EngineError, ModelFileError
 
 log = logging.getLogger("lichen.native")
 
@@ -235,6 +235,39 @@ class Model:
         return end
 
 
+class Adapter:
+    """A LoRA adapter in memory over a model; `Context.adapt` applies it. Belongs to the engine's thread.
+
+    Raises AdapterError when llama.cpp refuses the file. Check it with `quant.adapter_check` first.
+    """
+
+    def __init__(self, model: Model, path: Path) -> None:
+        self._lib = model._lib
+        self._pointer = self._lib.llama_adapter_lora_init(model._pointer, str(path).encode())
+        if not self._pointer:
+            raise AdapterError(
+                f"llama.cpp {version()} cannot load the adapter {path}.",
+                hint="Run again with --log-level info to see its reason.",
+            )
+
+    def close(self) -> None:
+        """Give the memory back; idempotent. No context may have it applied, and the model must be open."""
+        if self._pointer:
+            self._lib.llama_adapter_lora_free(self._pointer)
+            self._pointer = None
+
+
+def _adapt(lib: Any, context: Any, adapter: Adapter | None, scale: float) -> None:
+    """Replace the whole set of adapters of a native context."""
+    count = 0 if adapter is None else 1
+    pointers = (lib.llama_adapter_lora_p_ctypes * 1)()
+    if adapter is not None:
+        pointers[0] = adapter._pointer
+    code = lib.llama_set_adapters_lora(context, pointers, count, (ctypes.c_float * 1)(scale))
+    if code != 0:
+        raise EngineError(f"llama.cpp could not apply an adapter (code {int(code)}).")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContextSize:
     """How much a context holds: `slots` sequences of `context` tokens each, `batch` tokens a decode, of
@@ -299,6 +332,13 @@ class Context:
         batch.n_seq_id = ctypes.cast(self._slot_counts, pointer)
         batch.seq_id = ctypes.cast(self._slot_pointers, ctypes.POINTER(pointer))
         batch.logits = ctypes.cast(self._outputs, ctypes.POINTER(ctypes.c_int8))
+
+    def adapt(self, adapter: Adapter | None, scale: float) -> None:
+        """Compute with this adapter from here on, None for none; the next decode is slower for a change.
+
+        What slots hold already stays as it was computed. Raises EngineError.
+        """
+        _adapt(self._lib, self._pointer, adapter, scale)
 
     def close(self) -> None:
         """Give the KV cache and compute buffers back; idempotent."""
@@ -398,6 +438,10 @@ class EmbeddingContext:
         self._width = int(lib.llama_model_n_embd(model._pointer))
         self._memory = lib.llama_get_memory(self._pointer)
         self._batch = lib.llama_batch_init(batch, 0, 1)
+
+    def adapt(self, adapter: Adapter | None, scale: float) -> None:
+        """As `Context.adapt`."""
+        _adapt(self._lib, self._pointer, adapter, scale)
 
     def states(self, tokens: list[int], start: int) -> Any:
         """Hidden states [tokens, width] float32 of a text's tokens from position `start` on (0: a new text).

@@ -7,6 +7,7 @@ submit a sequence to the engine. The HTTP daemon and the embedded API are both u
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
@@ -17,6 +18,8 @@ from typing import TYPE_CHECKING, TypeVar
 import msgspec
 
 from lichen.errors import RequestError, UnsupportedField
+from lichen.runtime.adaptation import PLAIN, Adaptation
+from lichen.runtime.adapters import DEFAULT_LIMIT, Adapters, Lease
 from lichen.runtime.answer import THINK_BEGIN, THINK_END, AnswerReader, Thinking
 from lichen.runtime.answer_form import AnswerForm, Schema
 from lichen.runtime.chat import Message, capabilities
@@ -32,7 +35,7 @@ from lichen.runtime.prompt import PromptWriter
 from lichen.runtime.sequence import LOCAL, SamplingOptions
 from lichen.runtime.sequence import Sequence as LiveSequence
 from lichen.runtime.speculation.build import SpeculationOptions, build
-from lichen.runtime.spill import CacheKey, SpillStore
+from lichen.runtime.spill import CacheKey, SpillStores
 
 if TYPE_CHECKING:
     from lichen.runtime.memory import Fitted
@@ -47,7 +50,7 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How to run a model. context: tokens a sequence (0: what it was trained for). slots: sequences at
     once. threads: for computing. queue: sequences that may wait. batch: tokens a step. spill_folder: where
     long beginnings of prompts are kept, at most `spill_limit` bytes; None for nowhere. speculation: what
-    drafts tokens."""
+    drafts tokens. adapters: bytes that adapters in memory may take."""
 
     context: int = 4096
     slots: int = 4
@@ -57,6 +60,7 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
     spill_folder: Path | None = None
     spill_limit: int = 2_000_000_000
     speculation: SpeculationOptions = SpeculationOptions()
+    adapters: int = DEFAULT_LIMIT
 
     @property
     def outputs(self) -> int:
@@ -77,9 +81,18 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ServedModel:
-    """One loaded model. Make it with `load`; close it with `close`, which waits for nothing."""
+    """One loaded model. Make it with `load`; close it with `close`, which waits for nothing.
 
-    def __init__(self, name: str, sha256: str, model: Model, engine: Engine, options: ModelOptions) -> None:
+    path: its file.
+    """
+
+    def __init__(
+        self, name: str, sha256: str, path: Path, model: Model, engine: Engine, options: ModelOptions
+    ) -> None:
+        self.path = path
+        self.adapters = Adapters(engine, path, options.adapters)
+        self.adaptation = PLAIN
+        self._lease: Lease | None = None
         self.engine = engine
         self.options = options
         self.metrics = engine.observer = EngineMetrics()
@@ -141,17 +154,35 @@ class ServedModel:
             context.close()
             model.close()
             raise
-        spill = _spill_store(model, context, identity, options)
+        spill = _spill_stores(model, context, identity, options)
         engine = Engine(model, context, queue_limit=options.queue, spill=spill, speculation=speculation)
         try:
-            served = cls(name, sha256, model, engine, options)
+            served = cls(name, sha256, path, model, engine, options)
             if spill is not None:
-                spill.wait_ready(INDEX_S)
+                spill.of(PLAIN).wait_ready(INDEX_S)
             return served
         except BaseException:
             engine.close()
             model.close()
             raise
+
+    async def adapted(self, adapter: str, digest: str | None, file: Path) -> ServedModel:
+        """This model as it answers with an adapter of that name, which stays in memory until `release` and
+        the end of what was asked of it; all else is shared. digest: None for the model alone under that name.
+
+        Raises what `Adapters.lease` raises.
+        """
+        view = copy.copy(self)
+        view.info = msgspec.structs.replace(self.info, name=f"{self.info.name}:{adapter}")
+        if digest is not None:
+            view._lease = await self.adapters.lease(digest, file)
+            view.adaptation = Adaptation(digest, 1.0)
+        return view
+
+    def release(self) -> None:
+        """Let the adapter of an adapted model go; idempotent."""
+        if self._lease is not None:
+            self._lease.close()
 
     async def chat(
         self,
@@ -206,7 +237,7 @@ class ServedModel:
             tokens = await self._prepare(functools.partial(self.tokenize, text))
         if truncate:
             tokens = tokens[: self.embedder.limit]
-        vector = await self.embedder.embed(tokens)
+        vector = await self.embedder.embed(tokens, self.adaptation)
         if dimensions not in (None, len(vector)):
             raise UnsupportedField(
                 f"This model's embeddings have {len(vector)} dimensions; they cannot be cut to {dimensions}.",
@@ -269,6 +300,12 @@ class ServedModel:
         """One sequence for each constraint; with a seed, each further one has the next seed."""
         if not tokens:
             raise RequestError("The prompt is empty.", param="prompt")
+        if not self.adaptation and options.adapter_scale != 1:
+            raise RequestError(
+                "adapter_scale is for a model that is named with its adapter, as MODEL:ADAPTER.",
+                param="adapter_scale",
+            )
+        adaptation = self.adaptation.scaled(options.adapter_scale)
         sequences = []
         for number, constraint in enumerate(constraints):
             own = options
@@ -276,12 +313,19 @@ class ServedModel:
                 own = msgspec.structs.replace(options, seed=options.seed + number)
             sequences.append(
                 LiveSequence(
-                    prompt=tokens, options=own, mailbox=Mailbox(), constraint=constraint, owner=owner
+                    prompt=tokens,
+                    options=own,
+                    mailbox=Mailbox(),
+                    constraint=constraint,
+                    owner=owner,
+                    adaptation=adaptation,
                 )
             )
         self.engine.submit(*sequences)
         return [
-            Generation(sequence, sequence.mailbox, self.engine.cancel, reader() if reader else None)
+            Generation(
+                sequence, sequence.mailbox, self.engine.cancel, reader() if reader else None, keep=self._lease
+            )
             for sequence in sequences
         ]
 
@@ -298,7 +342,7 @@ class ServedModel:
         return await asyncio.get_running_loop().run_in_executor(self._preparing, work)
 
 
-def _spill_store(model: Model, context: Context, identity: str, options: ModelOptions) -> SpillStore | None:
+def _spill_stores(model: Model, context: Context, identity: str, options: ModelOptions) -> SpillStores | None:
     """The prefix cache of this model on disk; None when it is off."""
     if options.spill_folder is None or not options.spill_limit:
         return None
@@ -311,7 +355,7 @@ def _spill_store(model: Model, context: Context, identity: str, options: ModelOp
         library_version=native_version(),
         context_layout=context.layout,
     )
-    return SpillStore(options.spill_folder, options.spill_limit, key)
+    return SpillStores(options.spill_folder, options.spill_limit, key)
 
 
 def _file_identity(path: Path) -> str:

@@ -20,6 +20,7 @@ from lichen.errors import LichenError
 from lichen.runtime.answer import Part
 from lichen.runtime.generation import Generation
 from lichen.runtime.http import wording
+from lichen.runtime.http.access_log import log_adapter
 from lichen.runtime.http.guard import error_body
 from lichen.runtime.sequence import Finished, Piece, Prefill, TokenLogprob
 
@@ -144,6 +145,7 @@ class Answer:
 
     def __post_init__(self) -> None:
         self.id = self.wording.prefix + secrets.token_hex(12)
+        log_adapter(self.generations[0].sequence.adaptation)
 
     def head(self, kind: str) -> dict[str, Any]:
         """The fields that begin every object of this answer."""
@@ -153,6 +155,7 @@ class Answer:
             "created": self.created,
             "model": self.model,
             "system_fingerprint": f"lichen-{lichen.__version__}",
+            **wording.adapter_json(self.generations[0].sequence.adaptation),
         }
 
     async def whole(self) -> web.Response:

@@ -59,6 +59,13 @@ class TimingsBody(Struct, kw_only=True):
     draft_n_accepted: int
 
 
+class AdapterBody(Struct, kw_only=True):
+    """lichen's own: the adapter that an answer was made with, by its digest, and how strongly it counted."""
+
+    sha256: str
+    scale: float
+
+
 class Head(Struct, kw_only=True):
     """What begins every answer and every chunk. created: seconds since 1970."""
 
@@ -66,6 +73,7 @@ class Head(Struct, kw_only=True):
     created: int
     model: str
     system_fingerprint: str
+    adapter: AdapterBody | UnsetType = UNSET
 
 
 class CalledFunction(Struct):
