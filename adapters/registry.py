@@ -116,6 +116,7 @@ class Registry:
             architecture=summary.architecture,
             alpha=summary.alpha,
             ranks=summary.ranks,
+            heads=summary.heads,
         )
         write_file(staged / VERSION, _encoded(version))
         sync_tree(staged)

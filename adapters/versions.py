@@ -34,7 +34,8 @@ class Lineage(msgspec.Struct, frozen=True, kw_only=True):
 class Version(msgspec.Struct, frozen=True, kw_only=True):
     """One immutable version of an adapter. digest: sha256 of its GGUF, hex. size: of that file in bytes.
 
-    created: seconds since 1970. ranks: of each adapted tensor, by the model's name for it.
+    created: seconds since 1970. ranks: of each adapted tensor, by the model's name for it. heads: the
+    model's, of queries and of keys.
     """
 
     version: int = 1  # of this form
@@ -46,6 +47,7 @@ class Version(msgspec.Struct, frozen=True, kw_only=True):
     architecture: str
     alpha: float
     ranks: dict[str, int]
+    heads: tuple[int, int] = (0, 0)
 
     @property
     def parameters(self) -> tuple[int, int]:

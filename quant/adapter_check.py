@@ -11,7 +11,9 @@ Not covered: adapters on embeddings and on experts (3 dimensions), activated LoR
 from __future__ import annotations
 
 import mmap
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -22,6 +24,7 @@ from lichen.quant.gguf_header import Header, TensorSpan
 
 BASE_KEY = "lichen.base.sha256"
 TYPES = frozenset({GGMLType.F32, GGMLType.F16, GGMLType.BF16})
+HEADS = ("head_count", "head_count_kv")
 MAX_RANK = 4096
 MAX_ALPHA = 1e6
 _PARTS = (".lora_a", ".lora_b")
@@ -31,7 +34,8 @@ _PIECE = 1 << 22  # bytes of numbers that are looked at at a time
 class AdapterSummary(msgspec.Struct, frozen=True, kw_only=True):
     """What a sound adapter says of itself. base: sha256 of the model's file, empty where it does not say.
 
-    ranks: of each adapted tensor, by the model's name for it. size: bytes of all numbers.
+    ranks: of each adapted tensor, by the model's name for it. size: bytes of all numbers. heads: the model's,
+    of queries and of keys; 0 where they differ by layer.
     """
 
     architecture: str
@@ -39,6 +43,7 @@ class AdapterSummary(msgspec.Struct, frozen=True, kw_only=True):
     alpha: float
     ranks: dict[str, int]
     size: int
+    heads: tuple[int, int]
 
 
 def check_adapter(path: Path, model: Path) -> AdapterSummary:
@@ -65,13 +70,22 @@ def check_adapter(path: Path, model: Path) -> AdapterSummary:
     ranks = _ranks(path, header, model, base)
     _check_numbers(path, header)
     digest = header.metadata.get(BASE_KEY)
+    heads = {key: base.metadata.get(f"{architecture}.attention.{key}") for key in HEADS}
     return AdapterSummary(
         architecture=architecture,
         base="" if digest is None else str(digest.content),
         alpha=alpha.content,
         ranks=ranks,
         size=sum(tensor.size for tensor in header.tensors),
+        heads=head_counts({key: said.content for key, said in heads.items() if said is not None}),
     )
+
+
+def head_counts(said: Mapping[str, Any]) -> tuple[int, int]:
+    """Attention heads of queries and of keys, from a model's metadata by `HEADS`."""
+    queries = said.get(HEADS[0])
+    keys = said.get(HEADS[1], queries)
+    return queries if isinstance(queries, int) else 0, keys if isinstance(keys, int) else 0
 
 
 def _text(header: Header, key: str) -> str:

@@ -10,6 +10,7 @@ import typer
 
 import lichen
 from lichen.cli import (
+    adapters,
     answer,
     evaluate,
     feedback,
@@ -33,7 +34,20 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (answer, serve, models, quantize, evaluate, keys, feedback, learn, fleet, inspect, top):
+for group in (
+    answer,
+    serve,
+    models,
+    quantize,
+    evaluate,
+    keys,
+    feedback,
+    learn,
+    adapters,
+    fleet,
+    inspect,
+    top,
+):
     group.register(app)
 
 

@@ -109,7 +109,7 @@ class CountingContext:
 
 
 class CountingAdapter:
-    """An adapter that changes nothing but what cells are known to be computed with; its path is its digest."""
+    """An adapter that changes only what cells are known to be computed with; its path is its digest."""
 
     def __init__(self, model: CountingModel, path: Path) -> None:
         self.digest = path.name
