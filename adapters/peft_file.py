@@ -230,7 +230,7 @@ def _pairs(path: Path) -> dict[str, tuple[Matrix, Matrix]]:
     try:
         if path.stat().st_size > MAX_WEIGHTS:
             raise AdapterError(f"{path.name} is larger than {MAX_WEIGHTS:,} bytes.")
-        entries = safetensors.deserialize(path.read_bytes())
+        entries = safetensors.deserialize(path.read_bytes())  # type: ignore[no-untyped-call]
     except OSError as error:
         raise AdapterError(f"{path} cannot be read: {error.strerror}.") from None
     except safetensors.SafetensorError as error:

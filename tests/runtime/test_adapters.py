@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from lichen.runtime.served_model import ServedModel
 from tests.adapters.made_adapters import add_made, write_made
 
 PROMPT = "The river was high that spring, and the ferry did not go. " * 8
-APART = 0.3  # nats between the first tokens of two adapters, at least
-ALIKE = 0.06  # of the same in batches of another shape, at most
+APART = 1.0  # nats between the first tokens of two adapters, at least
+ALIKE = 0.3  # of the same in batches of another shape, at most; activations are rounded to 8 bits
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def registry(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Regi
     """With the adapters a and b."""
     registry = Registry(tmp_path_factory.mktemp("adapters"))
     for seed, name in enumerate("ab"):
-        registry.promote(name, add_made(registry, name, model_path, seed).digest)
+        registry.promote(name, add_made(registry, name, model_path, seed, strength=0.3).digest)
     return registry
 
 
@@ -69,18 +70,20 @@ def apart(one: dict[int, float], other: dict[int, float]) -> float:
 async def test_a_then_b_then_a_on_a_shared_beginning_equals_cold_runs(
     served: ServedModel, registry: Registry
 ) -> None:
+    seen: list[tuple[str, dict[int, float]]] = []
+    for name in ["a", "b", "a", "", "b", "", "a"]:
+        model = await view(served, registry, name)
+        _, first, cached = await answer(model, PROMPT + "And then")
+        again = name in {one for one, _ in seen}
+        assert (cached > 64) == again, "only what the same adapter computed is used again"
+        seen.append((name, first))
     cold = {}
     for name in ("a", "b", ""):
         model = await view(served, registry, name)
         cold[name] = (await answer(model, PROMPT + "And then", deterministic=True))[1]
     assert apart(cold["a"], cold["b"]) > APART < apart(cold["a"], cold[""])
-    seen: dict[str, int] = {}
-    for number, name in enumerate(["a", "b", "a", "", "b", "", "a"]):
-        model = await view(served, registry, name)
-        _, first, cached = await answer(model, PROMPT + "And then")
+    for number, (name, first) in enumerate(seen):
         assert apart(cold[name], first) < ALIKE, f"request {number} with {name!r}"
-        assert (cached > 64) == (name in seen), "only what the same adapter computed is used again"
-        seen[name] = number
 
 
 async def test_all_at_once_each_gets_its_own(served: ServedModel, registry: Registry) -> None:
@@ -169,12 +172,14 @@ async def test_an_adapter_that_is_retired_while_it_answers_serves_to_the_end(
 ) -> None:
     model = await view(served, registry, "a")
     (generation,) = await model.complete("Count:", SamplingOptions(max_tokens=24, temperature=0))
-    retired = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    digest = registry.version("a").digest
-    served.engine.call(lambda: served.engine.adapters.retire(digest))
-    served.engine.call(lambda: loop.call_soon_threadsafe(retired.set))
-    await retired.wait()
+    digest, retired = registry.version("a").digest, threading.Event()
+
+    def retire() -> None:
+        served.engine.adapters.retire(digest)
+        retired.set()
+
+    served.engine.call(retire)
+    assert await asyncio.to_thread(retired.wait, 20)
     await generation.text()
     assert generation.finished is not None and generation.finished.usage.completion_tokens == 24
     served.engine.call(lambda: served.engine.adapters.load(digest, registry.file("a")))  # as it was
