@@ -30,6 +30,7 @@ from lichen.adapters.launch import CHECKPOINT, EVENTS, EXAMPLES, LOCK, STOPPED, 
 from lichen.adapters.lora_file import write_adapter
 from lichen.adapters.task import Examples, Manifest, Task
 from lichen.adapters.train import Trainer
+from lichen.durable import sync_folder, write_file
 from lichen.errors import LichenError, TrainingError
 from lichen.models.load import load_model
 
@@ -129,10 +130,11 @@ class Run:
             lichen=lichen.__version__,
             torch=str(torch.__version__),
         )
-        (staged / "adapter.json").write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
+        write_file(staged / "adapter.json", msgspec.json.format(msgspec.json.encode(manifest)))
         place = output / digest[:16]
         shutil.rmtree(place, ignore_errors=True)  # the same bytes, trained before
         staged.rename(place)
+        sync_folder(output)  # before the checkpoint goes
         return place
 
 

@@ -60,10 +60,11 @@ def learn(
     report = survey(file)
     _say(report)
     path = _model_file(config)
+    folder = config.home / "learning" / "jobs" / name
     task = Task(
         name=name,
         model=str(path.resolve()),
-        output=str((config.home / "adapters" / name).resolve()),
+        output=str((folder / "result").resolve()),
         lessons=hash_file(file),
         lora=LoRAOptions(rank=rank, alpha=2.0 * rank),
         objective="preference" if report.kind == "preference" else "supervised",
@@ -73,13 +74,13 @@ def learn(
         threads=model_options(config).threads,
         memory=_memory(),
     )
-    folder = config.home / "learning" / "jobs" / name
     prepare(folder, task, _examples(file, path, length))
     events = _follow(Training(folder))
     if events is None:
         typer.echo("Stopped; the same command goes on from the last step.", err=True)
         raise typer.Exit(130)
     _result(events)
+    _register(config, name, path, Path(events[1].folder))
 
 
 def _require_torch() -> None:
@@ -221,7 +222,22 @@ def _result(events: tuple[list[Measured], Finished]) -> None:
     ]
     table("", ("MEASURED", "BEFORE", "AFTER"), rows)
     typer.echo(f"{finished.seconds:.0f} s, at most {megabytes(finished.memory)} of memory.")
-    typer.echo(finished.folder)
+
+
+def _register(config: Config, name: str, model: Path, place: Path) -> None:
+    """Put what was trained into the registry, where it waits for its promotion."""
+    import shutil
+
+    from lichen.adapters.lineage import ADAPTER, lineage_of
+    from lichen.adapters.registry import Registry
+
+    registry = Registry(config.home / "adapters", limit=config.adapters_limit)
+    lineage = lineage_of(place, base_name=config.model)
+    version = registry.add(name, place / ADAPTER, lineage, model=model)
+    shutil.rmtree(place, ignore_errors=True)  # the registry has it
+    typer.echo(f"{name} has the version {version.digest[:12]} now.", err=True)
+    typer.echo(f"Let it serve: lichen adapters promote {name} {version.digest[:12]}", err=True)
+    typer.echo(str(registry.place(name, version.digest).parent))
 
 
 def _number(value: float | None) -> str:
