@@ -160,14 +160,7 @@ Q = "blk.0.attn_q.weight"
 
 
 def part(name: str, shape: tuple[int, ...], fill: float = 0.5) -> Any:
-    return {
-        name: (
-            name,
-            GGMLType.F32,
-            shape,
-            np.full(shape, fill, np.float32 if kind == GGMLType.F32 else np.float16),
-        )
-    }
+    return {name: (name, GGMLType.F32, shape, np.full(shape, fill, np.float32))}
 
 
 @pytest.mark.parametrize(
