@@ -275,6 +275,7 @@ class Engine:
             if position:  # the guess before it was right, so it is computed already
                 sequence.computed += 1
                 sequence.accepted += 1
+            self._speculation.read(sequence, self.context, last + position)
             return self._draw(sequence, last + position)
 
         sequence.drafted += len(chunk.draft)

@@ -171,7 +171,8 @@ Event = Prefill | Piece | Finished | Failed
 class Sequence:
     """A live request. `prompt` is not empty and leaves at least one cell of the context free.
 
-    owner: whose past answers may help with drafts: the id of an API key, or LOCAL.
+    owner: whose past answers may help with drafts: the id of an API key, or LOCAL. kept: whether its content
+    may be kept to learn from.
     """
 
     prompt: list[int]
@@ -179,6 +180,7 @@ class Sequence:
     mailbox: Mailbox
     constraint: Constraint | None = None
     owner: str = LOCAL
+    kept: bool = False
     id: int = field(default_factory=lambda: next(_ids))
     tokens: list[int] = field(init=False)
     computed: int = 0
