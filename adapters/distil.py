@@ -19,7 +19,7 @@ import msgspec
 import torch
 
 from lichen.adapters import checkpoint
-from lichen.adapters.distil_task import DistilTask
+from lichen.adapters.distil_task import DistilTask, model_sizes
 from lichen.adapters.draft_head import DraftHead, read_head, write_head
 from lichen.adapters.events import Compared, EventLog, Finished, Saved, Started, Stepped, Stopped
 from lichen.adapters.grading import grade
@@ -28,7 +28,6 @@ from lichen.adapters.launch import CHECKPOINT, STOPPED, TASK
 from lichen.adapters.states import Run, read_segments
 from lichen.adapters.trainer import limit_memory, run_in
 from lichen.errors import TrainingError
-from lichen.quant.gguf_check import check_gguf
 
 
 class Distillation:
@@ -51,11 +50,11 @@ class Distillation:
         task = self.task
         torch.set_num_threads(task.threads)
         limit_memory(task.memory)
-        hidden, vocabulary = _sizes(Path(task.model))
+        hidden, vocabulary = model_sizes(Path(task.model))
         paths = [Path(task.states) / name for name in task.segments]
         runs = list(read_segments(paths, hidden=hidden, vocabulary=vocabulary))
         train, held_out = split(runs, task.held_out)
-        start = read_head(Path(task.start), base=task.base, vocabulary=vocabulary) if task.start else None
+        start = _start(task, vocabulary, hidden)
         trainer = HeadTrainer(task, train, start, vocabulary)
         state = checkpoint.load(self.folder / CHECKPOINT, self.identity)
         if state is not None:
@@ -126,11 +125,10 @@ def split(runs: Sequence[Run], share: float) -> tuple[list[Run], list[Run]]:
     return list(runs[:at]), list(runs[at:])
 
 
-def _sizes(model: Path) -> tuple[int, int]:
-    """Width of a model's hidden states, and its tokens. Raises ModelFileError."""
-    metadata = check_gguf(model).metadata
-    hidden = metadata[f"{metadata['general.architecture']}.embedding_length"]
-    return int(hidden), metadata["tokenizer.ggml.tokens"].length
+def _start(task: DistilTask, vocabulary: int, hidden: int) -> DraftHead | None:
+    if not task.start:
+        return None
+    return read_head(Path(task.start), base=task.base, vocabulary=vocabulary, hidden=hidden)
 
 
 if __name__ == "__main__":

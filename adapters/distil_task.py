@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta
+
+from lichen.quant.gguf_check import check_gguf
 
 Size = Annotated[int, Meta(ge=1, le=1 << 16)]
 
@@ -47,3 +50,11 @@ class DistilTask(msgspec.Struct, frozen=True, kw_only=True):
         """Hex digest of all that decides the result; a checkpoint of another one is not continued."""
         decisive = msgspec.structs.replace(self, output="", memory=0, checkpoint=0.0, step_s=1.0)
         return hashlib.sha256(msgspec.json.encode(decisive, order="deterministic")).hexdigest()
+
+
+def model_sizes(model: Path) -> tuple[int, int]:
+    """Width of a model's hidden states, and its tokens. Raises ModelFileError."""
+    metadata = check_gguf(model).metadata
+    hidden = metadata[f"{metadata['general.architecture']}.embedding_length"]
+    tokens = metadata["tokenizer.ggml.tokens"]
+    return int(hidden), len(tokens) if isinstance(tokens, tuple) else tokens.length

@@ -112,7 +112,7 @@ class DraftHead:
         """z_j [..., d] of z_(j-1) and the row (of `rows`) of the token x_j."""
         scale = np.sqrt(np.mean(z * z, axis=-1, keepdims=True) + np.float32(EPSILON))
         inner = (z / scale) @ self._inner.T + self._seen[rows]
-        with np.errstate(over="ignore"):  # exp of a large number: the product is 0 then, as it should be
+        with np.errstate(over="ignore"):  # exp of a large number: the quotient is 0 then, as it should be
             inner = inner / (1 + np.exp(-inner))
         return np.asarray(z + inner @ self.weights.d_weight.T)
 
@@ -161,7 +161,7 @@ def write_head(path: Path, head: DraftHead) -> None:
     write_gguf(path, metadata, tensors)
 
 
-def read_head(path: Path, *, base: str, vocabulary: int) -> DraftHead:
+def read_head(path: Path, *, base: str, vocabulary: int, hidden: int) -> DraftHead:
     """Read a head and check that it is one for this model. Raises ModelFileError that says what is wrong."""
     if path.is_file() and path.stat().st_size > MAX_BYTES:
         raise ModelFileError(f"{path.name} has {path.stat().st_size:,} bytes, too many for a draft head.")
@@ -176,7 +176,10 @@ def read_head(path: Path, *, base: str, vocabulary: int) -> DraftHead:
             raise ModelFileError(
                 f"{path.name} is a draft head for {facts.vocabulary:,} tokens; the model has {vocabulary:,}."
             )
-        return DraftHead(facts, _weights(file, path.name, vocabulary))
+        head = DraftHead(facts, _weights(file, path.name, vocabulary))
+    if head.hidden != hidden:
+        raise ModelFileError(f"{path.name} reads states of {head.hidden} numbers; the model has {hidden}.")
+    return head
 
 
 def _facts(file: GGUFFile, name: str) -> HeadFacts:

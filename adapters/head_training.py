@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lichen.adapters.course import rate_at
 from lichen.adapters.distil_task import DistilTask
 from lichen.adapters.draft_head import EPSILON, DraftHead, Floats, HeadFacts, HeadWeights, Whole
-from lichen.adapters.states import TOP, Run
+from lichen.adapters.states import Run
 from lichen.errors import TrainingError
 from lichen.quant.ggml import dequantize
 from lichen.quant.gguf import GGUFTensor, open_gguf
@@ -31,7 +31,7 @@ NORM = 1.0  # longest gradient
 BETAS = (0.9, 0.99)
 DECAY = 0.01
 TABLE_RATE = 0.3  # of the rate: the tables know much already
-NEARBY = 4  # likeliest tokens that count, a little, as used
+NEARBY = 0.1  # of a use: what a token that would surely have come counts
 FADING = 0.75  # weight of a position against the one before
 RIDGE = 1e-3
 MAX_F16 = 6e4
@@ -225,11 +225,12 @@ class HeadTrainer:
 
 
 def most_used(runs: Sequence[Run], vocabulary: int, count: int) -> Whole:
-    """The tokens that answers use most, [at most count]; those that were merely likely count a tenth."""
+    """The tokens that answers use most, [at most count]; those that were merely likely count a little."""
     used = np.zeros(vocabulary)
     for run in runs:
         used += np.bincount(run.tokens, minlength=vocabulary)
-        used += 0.1 * np.bincount(run.top[:, :NEARBY].ravel(), minlength=vocabulary)
+        likely = np.exp(run.chances.astype(np.float32)).ravel()
+        used += NEARBY * np.bincount(run.top.ravel(), likely, minlength=vocabulary)
     return np.sort(np.argsort(-used, kind="stable")[: min(count, vocabulary)]).astype(np.int64)
 
 
@@ -302,6 +303,3 @@ def _rows(tensor: GGUFTensor, words: Whole) -> Floats:
     out = np.empty((len(words), tensor.shape[1]), np.float32)
     dequantize(tensor.type, np.ascontiguousarray(tensor.data[words]), out)
     return out
-
-
-assert TOP >= NEARBY

@@ -100,7 +100,7 @@ def read_segments(paths: Sequence[Path], *, hidden: int, vocabulary: int) -> Ite
 
 
 def _read(path: Path, hidden: int, vocabulary: int) -> list[Run]:
-    with np.load(path, allow_pickle=False) as file:
+    with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
         lengths, tokens = file["lengths"], file["tokens"]
         states, top, chances = file["states"], file["top"], file["chances"]
     n = int(lengths.sum()) if lengths.ndim == 1 and lengths.dtype == np.int64 and (lengths > 0).all() else 0

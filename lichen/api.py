@@ -336,6 +336,9 @@ def model_options(config: Config) -> ModelOptions:
             draft_model=draft_file(config),
             answers_folder=config.home / "answers" if config.answer_memory else None,
             answers_limit=config.answer_memory,
+            draft_head=config.draft_head,
+            home=config.home,
+            distil_limit=config.distil_memory if config.journal != "off" else 0,
         ),
     )
 

@@ -66,7 +66,7 @@ class Engine:
         self._closers: list[Callable[[], None]] = []
         self._slots = SlotPool(context.slots)
         self._warmth = Warmth(context, self._slots, spill, self.call)
-        self._speculation = speculation or Speculation.off()
+        self.speculation = speculation or Speculation.off()
         self._stalled = False  # everything that waits, waits for the disk
         self._scheduler = Scheduler(
             Budget(
@@ -157,7 +157,7 @@ class Engine:
             self._fail_all(Unavailable("lichen was closed."))
             for close in self._closers:
                 close()
-            self._speculation.close()
+            self.speculation.close()
             self._warmth.close(spill=self._admission.failure is None)
             self.context.close()
 
@@ -208,14 +208,14 @@ class Engine:
         sequence.computed = sequence.cached = reused
         sequence.admitted_at = time.perf_counter()
         self._running[sequence] = Drawing(self.model, sequence)
-        self._speculation.begin(sequence)
+        self.speculation.begin(sequence)
         self._counters.prompt_tokens += len(sequence.prompt)
         self._counters.cached_tokens += reused
 
     def _step(self) -> None:
         """One turn: plan, draft, decode, draw, deliver."""
         began, drawn = time.perf_counter(), self._counters.completion_tokens
-        chunks = self._speculation.extend(self._scheduler.plan(self._running))
+        chunks = self.speculation.extend(self._scheduler.plan(self._running))
         # llama.cpp computes streams together only where their slots follow on each other in the batch.
         chunks.sort(key=lambda chunk: slot_of(chunk.sequence))
         if not self._decode(chunks):
@@ -234,7 +234,7 @@ class Engine:
             last += len(chunk.draft)
         deliver(chunk.sequence for chunk in chunks)
         drawn = self._counters.completion_tokens - drawn
-        self._speculation.stepped(chunks, drawn, time.perf_counter() - began)
+        self.speculation.stepped(chunks, drawn, time.perf_counter() - began)
 
     def _decode(self, chunks: list[Chunk]) -> bool:
         """Compute the chunks; on failure give the error to their sequences and try to recover."""
@@ -275,13 +275,13 @@ class Engine:
             if position:  # the guess before it was right, so it is computed already
                 sequence.computed += 1
                 sequence.accepted += 1
-            self._speculation.read(sequence, self.context, last + position)
+            self.speculation.read(sequence, self.context, last + position)
             return self._draw(sequence, last + position)
 
         sequence.drafted += len(chunk.draft)
         accepted = verify(chunk.draft, draw)
         if chunk.draft:
-            self._speculation.judge(chunk, accepted, self._counters)
+            self.speculation.judge(chunk, accepted, self._counters)
             if self.observer is not None:
                 self.observer.checked(accepted)
         if accepted < len(chunk.draft) and not self.context.truncate(slot, sequence.computed):
@@ -290,7 +290,7 @@ class Engine:
     def _forget_cells(self, sequence: Sequence, slot: int) -> None:
         """The context cannot take wrong guesses back: compute the sequence again, and draft no more."""
         log.warning("This model's memory cannot be cut, so speculation is off for it.")
-        self._speculation.stop()
+        self.speculation.stop()
         self.context.clear(slot)
         self._slots.update(slot, ())
         sequence.computed = 0
@@ -360,7 +360,7 @@ class Engine:
         if drawing is not None:
             drawing.close()
             slot = slot_of(sequence)
-            self._speculation.end(sequence)
+            self.speculation.end(sequence)
             if not keep:
                 self.context.clear(slot)
             self._slots.release(slot, sequence.tokens[:keep])

@@ -32,6 +32,7 @@ from lichen.runtime.prompt import PromptWriter
 from lichen.runtime.sequence import LOCAL, SamplingOptions
 from lichen.runtime.sequence import Sequence as LiveSequence
 from lichen.runtime.speculation.build import SpeculationOptions, build
+from lichen.runtime.speculation.distil import StateCollector
 from lichen.runtime.spill import CacheKey, SpillStore
 
 if TYPE_CHECKING:
@@ -83,6 +84,8 @@ class ServedModel:
         self.engine = engine
         self.options = options
         self.metrics = engine.observer = EngineMetrics()
+        self._speculation = engine.speculation
+        self.learning = engine.speculation.learning
         self.fitted: Fitted | None = None  # how it was made to fit in memory, where somebody asked
         self._model = model
         self._writer = PromptWriter(model)
@@ -135,7 +138,13 @@ class ServedModel:
         identity = sha256 or _file_identity(path)
         try:
             speculation = build(
-                model, context, options.speculation, identity=identity, threads=options.threads
+                model,
+                context,
+                options.speculation,
+                path=path,
+                sha256=sha256,
+                identity=identity,
+                threads=options.threads,
             )
         except BaseException:
             context.close()
@@ -147,6 +156,8 @@ class ServedModel:
             served = cls(name, sha256, model, engine, options)
             if spill is not None:
                 spill.wait_ready(INDEX_S)
+            if served.learning is not None:
+                served.learning.start(engine.call)
             return served
         except BaseException:
             engine.close()
@@ -161,14 +172,16 @@ class ServedModel:
         *,
         count: int = 1,
         owner: str = LOCAL,
+        kept: bool = False,
     ) -> list[Generation]:
-        """Answer a conversation `count` times, after one prefill. owner: whose past answers may help drafts.
+        """Answer a conversation `count` times, after one prefill. owner: whose past answers may help drafts;
+        kept: whether a draft head may learn from these.
 
         Raises what the template, the tokenizer, the grammar and `Engine.submit` raise.
         """
         work = functools.partial(self._chat_job, messages, form, count)
         tokens, constraints, reader = await self._prepare(work)
-        return self._submit(tokens, options, constraints, reader, owner=owner)
+        return self._submit(tokens, options, constraints, reader, owner=owner, kept=kept)
 
     async def complete(
         self,
@@ -178,6 +191,7 @@ class ServedModel:
         count: int = 1,
         schema: Schema = None,
         owner: str = LOCAL,
+        kept: bool = False,
     ) -> list[Generation]:
         """Continue a text, or token ids, as they are. schema: the continuation is JSON that it allows."""
         constraints: list[Constraint | None] = [None] * count
@@ -187,10 +201,10 @@ class ServedModel:
                 lambda: [self._grammars.constraint(grammar, param="response_format") for _ in range(count)]
             )
         if isinstance(prompt, list):
-            return self._submit(self._checked_tokens(prompt), options, constraints, owner=owner)
+            return self._submit(self._checked_tokens(prompt), options, constraints, owner=owner, kept=kept)
         encode = functools.partial(self.tokenize, prompt)
         tokens = encode() if len(prompt) < INLINE_CHARACTERS else await self._prepare(encode)
-        return self._submit(tokens, options, constraints, owner=owner)
+        return self._submit(tokens, options, constraints, owner=owner, kept=kept)
 
     async def embed(
         self, text: str | list[int], *, truncate: bool = False, dimensions: int | None = None
@@ -251,9 +265,17 @@ class ServedModel:
         )
         return self._writer.tokens(text), constraints, reader
 
+    def flush_states(self) -> None:
+        """Write what was collected of answers up to now, for a draft head. Blocks."""
+        for reader in self._speculation.readers:
+            if isinstance(reader, StateCollector):
+                reader.flush()
+
     def close(self) -> None:
         """End what runs and give all memory back. Blocks; idempotent."""
         self._preparing.shutdown(wait=False, cancel_futures=True)
+        if self.learning is not None:
+            self.learning.close()
         self.engine.close()
         self._model.close()
 
@@ -265,6 +287,7 @@ class ServedModel:
         reader: Callable[[], AnswerReader] | None = None,
         *,
         owner: str,
+        kept: bool,
     ) -> list[Generation]:
         """One sequence for each constraint; with a seed, each further one has the next seed."""
         if not tokens:
@@ -276,7 +299,12 @@ class ServedModel:
                 own = msgspec.structs.replace(options, seed=options.seed + number)
             sequences.append(
                 LiveSequence(
-                    prompt=tokens, options=own, mailbox=Mailbox(), constraint=constraint, owner=owner
+                    prompt=tokens,
+                    options=own,
+                    mailbox=Mailbox(),
+                    constraint=constraint,
+                    owner=owner,
+                    kept=kept,
                 )
             )
         self.engine.submit(*sequences)

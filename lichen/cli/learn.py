@@ -55,11 +55,11 @@ def learn(
 
     if not NAME.fullmatch(name):
         raise RequestError(f"{name!r} cannot be a name: use lower-case letters, digits, '.', '_' and '-'.")
-    _require_torch()
+    require_torch()
     config = config_of(context, model=model)
     report = survey(file)
     _say(report)
-    path = _model_file(config)
+    path = model_file(config)
     task = Task(
         name=name,
         model=str(path.resolve()),
@@ -82,7 +82,8 @@ def learn(
     _result(events)
 
 
-def _require_torch() -> None:
+def require_torch() -> None:
+    """Raises TrainingError where torch is not installed."""
     from importlib.util import find_spec
 
     if find_spec("torch") is None:
@@ -105,7 +106,8 @@ def _say(report: Report) -> None:
     typer.echo(f"{report.train:,} lessons to learn, {report.held_out:,} to measure with{more}.", err=True)
 
 
-def _model_file(config: Config) -> Path:
+def model_file(config: Config) -> Path:
+    """The configured model's file, fetched if need be."""
     from lichen.api import local_file
     from lichen.cli.models import PullDisplay
     from lichen.sync.store import Store

@@ -67,7 +67,7 @@ class OpenAIRoutes:
         kept = self._keeping.of_chat(body, messages)
         async with self._use(body.model, body.keep_alive) as model:
             generations = await model.chat(
-                messages, body.sampling(), body.form(), count=body.n, owner=owner()
+                messages, body.sampling(), body.form(), count=body.n, owner=owner(), kept=bool(kept)
             )
             keep = self._keeping.keeper(request, kept, model.info)
             return await _answer(request, body, model, generations, CHAT, keep=keep)
@@ -81,7 +81,9 @@ class OpenAIRoutes:
         async with self._use(body.model, body.keep_alive) as model:
             try:
                 for prompt in prompts:
-                    generations += await model.complete(prompt, options, count=body.n, owner=owner())
+                    generations += await model.complete(
+                        prompt, options, count=body.n, owner=owner(), kept=bool(kept)
+                    )
             except BaseException:
                 _close(generations)
                 raise

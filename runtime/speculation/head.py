@@ -24,8 +24,7 @@ LONGEST_REST = 480  # steps; each rest in a row is twice as long as the one befo
 
 
 class HeadDrafter:
-    """Drafter and reader of states. tested, right: first guesses that were checked, and those that were
-    right, since the last swap."""
+    """Drafter and reader of states."""
 
     name = "head"
     token_s = 0.0  # next to nothing
@@ -35,7 +34,6 @@ class HeadDrafter:
         self._states: dict[int, tuple[int, Floats]] = {}  # sequence id -> tokens known then, state after them
         self._unwanted = 0
         self._rest, self._resting = PATIENCE, 0
-        self.tested = self.right = 0
 
     @property
     def head(self) -> DraftHead | None:
@@ -45,7 +43,7 @@ class HeadDrafter:
     def swap(self, head: DraftHead | None) -> None:
         """Guess with another head from the next step on."""
         self._head = head
-        self._unwanted = self._resting = self.tested = self.right = 0
+        self._unwanted = self._resting = 0
         self._rest = PATIENCE
 
     def begin(self, sequence: Sequence) -> None:
@@ -70,8 +68,6 @@ class HeadDrafter:
     def observe(self, sequence: Sequence, draft: Draft, accepted: int) -> None:
         """Somebody wanted this draft."""
         self._unwanted, self._rest = 0, PATIENCE
-        self.tested += 1
-        self.right += accepted > 0
 
     def end(self, sequence: Sequence) -> None:
         """Forget its state."""

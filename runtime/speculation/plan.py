@@ -15,6 +15,7 @@ from lichen.runtime.speculation.drafter import MAX_DRAFT, NOTHING, Draft, Drafte
 
 if TYPE_CHECKING:
     from lichen.runtime.native import Context
+    from lichen.runtime.speculation.learning import HeadLearning
 
 
 @dataclass(slots=True)
@@ -44,6 +45,7 @@ class Speculation:
     ) -> None:
         self.drafters = list(drafters)
         self.readers = list(readers)
+        self.learning: HeadLearning | None = None
         self.controller = Controller()
         self._width, self._outputs, self._context = width, outputs, context
         self._live: dict[Sequence, _Live] = {}

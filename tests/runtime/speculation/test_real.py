@@ -116,7 +116,7 @@ def speculating(model_path: Path) -> Iterator[Speculating]:
         context=1024, slots=4, threads=2, speculation=SpeculationOptions(drafters="suffix")
     )
     served = ServedModel.load(model_path, name="drafting", sha256="", options=options)
-    speculation, replay = served.engine._speculation, Replay()
+    speculation, replay = served.engine.speculation, Replay()
     speculation.controller = Eager()
     speculation.drafters.append(replay)
     yield Speculating(served, speculation, replay)
@@ -272,7 +272,7 @@ async def thinking(model_path: Path) -> AsyncIterator[ServedModel]:
         speculation=SpeculationOptions(drafters="model", draft_model=model_path),
     )
     served = await asyncio.to_thread(ServedModel.load, model_path, name="m", sha256="", options=options)
-    served.engine._speculation.controller = Eager()
+    served.engine.speculation.controller = Eager()
     yield served
     await asyncio.to_thread(served.close)
 
