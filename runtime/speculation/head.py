@@ -82,7 +82,8 @@ class HeadDrafter:
         if self._resting:
             self._resting -= 1
             return True
-        if self._unwanted >= PATIENCE:
-            self._unwanted, self._resting = 0, self._rest
-            self._rest = min(LONGEST_REST, 2 * self._rest)
-        return False
+        if self._unwanted < PATIENCE:
+            return False
+        self._unwanted, self._resting = 0, self._rest - 1
+        self._rest = min(LONGEST_REST, 2 * self._rest)
+        return True
