@@ -276,7 +276,7 @@ class Engine:
                 sequence.computed += 1
                 sequence.accepted += 1
             self.speculation.read(sequence, self.context, last + position)
-            return self._draw(sequence, last + position)
+            return self._draw(sequence, last + position, chunk.draft[position : position + 1])
 
         sequence.drafted += len(chunk.draft)
         accepted = verify(chunk.draft, draw)
@@ -295,9 +295,9 @@ class Engine:
         self._slots.update(slot, ())
         sequence.computed = 0
 
-    def _draw(self, sequence: Sequence, index: int) -> int | None:
+    def _draw(self, sequence: Sequence, index: int, guess: list[int]) -> int | None:
         """Sample the next token of a sequence whose tokens are all computed, and what follows from it; None
-        when the answer has ended."""
+        when the answer has ended. guess: the drafted token in its place, if there is one."""
         drawing = self._running[sequence]
         now = time.perf_counter()
         if not sequence.drawn:
@@ -318,17 +318,17 @@ class Engine:
             return None
         sequence.tokens.append(token)
         self._counters.completion_tokens += 1
-        if reason := self._tell(sequence, token):
+        if reason := self._tell(sequence, token, drafted=guess == [token]):
             self._finish(sequence, reason)
             return None
         return token
 
-    def _tell(self, sequence: Sequence, token: int) -> FinishReason | None:
+    def _tell(self, sequence: Sequence, token: int, *, drafted: bool) -> FinishReason | None:
         """Give out the text of a drawn token; why the answer ends with it, if it does."""
         drawing = self._running[sequence]
         if self.model.is_end(token):
             return "stop"
-        if piece := drawing.show(token):
+        if piece := drawing.show(token, drafted):
             sequence.events.append(piece)
         if drawing.ended:
             return "stop"

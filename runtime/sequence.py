@@ -141,11 +141,13 @@ class TokenLogprob:
 class Piece:
     """New text; never half a character, never part of a stop string.
 
-    tokens: those that begin within the text up to here, where log-probabilities were asked for.
+    tokens: those that begin within the text up to here, where log-probabilities were asked for. drafted:
+    whether the token that completed it had been guessed.
     """
 
     text: str
     tokens: tuple[TokenLogprob, ...] = ()
+    drafted: bool = False
 
 
 @dataclass(slots=True, frozen=True)

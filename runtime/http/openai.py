@@ -158,6 +158,7 @@ async def _answer(
         wording=words,
         prompts=prompts,
         keep=keep,
+        show_drafts=body.show_drafts,
         include_usage=body.stream_options is not None and body.stream_options.include_usage,
     )
     try:
