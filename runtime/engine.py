@@ -19,6 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Sequence as Items
 from dataclasses import replace
 
 import msgspec
@@ -295,7 +296,7 @@ class Engine:
         self._slots.update(slot, ())
         sequence.computed = 0
 
-    def _draw(self, sequence: Sequence, index: int, guess: list[int]) -> int | None:
+    def _draw(self, sequence: Sequence, index: int, guess: Items[int]) -> int | None:
         """Sample the next token of a sequence whose tokens are all computed, and what follows from it; None
         when the answer has ended. guess: the drafted token in its place, if there is one."""
         drawing = self._running[sequence]
@@ -318,7 +319,7 @@ class Engine:
             return None
         sequence.tokens.append(token)
         self._counters.completion_tokens += 1
-        if reason := self._tell(sequence, token, drafted=guess == [token]):
+        if reason := self._tell(sequence, token, drafted=token in guess):
             self._finish(sequence, reason)
             return None
         return token

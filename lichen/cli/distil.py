@@ -96,7 +96,7 @@ def read_prompts(path: Path) -> list[Messages]:
         if line.strip():
             try:
                 found.append(_prompt(line))
-            except (ValueError, TypeError, RecursionError):
+            except (ValueError, TypeError, AttributeError, RecursionError):
                 raise LessonError(
                     f"Line {number} of {path.name} is no prompt.",
                     hint="Give a text, or JSON with 'prompt' or 'messages'.",
@@ -122,11 +122,10 @@ def _prompt(line: str) -> Messages:
     for message in messages:
         if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
             raise TypeError
-    while messages and messages[-1]["role"] == "assistant":
-        messages.pop()
-    if not messages:
+    asked = max((at for at, message in enumerate(messages, 1) if message["role"] != "assistant"), default=0)
+    if not asked:
         raise ValueError
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+    return [{"role": message["role"], "content": message["content"]} for message in messages[:asked]]
 
 
 async def _collect(path: Path, asked: list[Messages], job: Path, tokens: int, threads: int) -> float:

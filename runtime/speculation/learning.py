@@ -67,6 +67,11 @@ class HeadLearning:
         self._call = call
         self._thread.start()
 
+    @property
+    def training(self) -> bool:
+        """Whether a head is being trained now."""
+        return self._training is not None
+
     def close(self) -> None:
         """End; a training that runs keeps a checkpoint and goes on after a restart. Blocks for one step."""
         self._closing.set()
@@ -117,11 +122,14 @@ class HeadLearning:
         if self._closing.is_set():
             self._training.stop()
         compared: Compared | None = None
-        for event in self._training:
-            if isinstance(event, Stopped):
-                return
-            if isinstance(event, Compared):
-                compared = event
+        try:
+            for event in self._training:
+                if isinstance(event, Stopped):
+                    return
+                if isinstance(event, Compared):
+                    compared = event
+        finally:
+            self._training = None
         self.trainings += 1
         if compared is None or not compared.better:
             log.info("A newly trained draft head is not better, and is left out.")

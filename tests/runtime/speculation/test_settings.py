@@ -18,13 +18,18 @@ from lichen.runtime.memory import estimate
 from lichen.runtime.sequence import LOCAL
 from lichen.runtime.served_model import ModelOptions
 from lichen.runtime.speculation.build import EXTRA_OUTPUTS, SpeculationOptions, build
+from lichen.runtime.speculation.head import HeadDrafter
 from lichen.runtime.speculation.suffix import SuffixDrafter
 from tests.quant.tiny_gguf import tiny_gguf
 
 
 def built(options: SpeculationOptions, *, cuttable: bool = True) -> list[Any]:
-    model, context = Mock(cuttable=cuttable, vocab_size=100), Mock(batch=256, outputs=36, context=1024)
-    speculation = build(model, context, options, identity="model", threads=1)
+    model = Mock(cuttable=cuttable, vocab_size=100)
+    context = Mock(batch=256, outputs=36, context=1024, hidden=8, wants_states=False)
+    speculation = build(
+        model, context, options, path=Path("/m"), sha256="ab" * 32, identity="model", threads=1
+    )
+    assert context.wants_states == bool(speculation.readers)
     speculation.close()
     return speculation.drafters
 
@@ -34,6 +39,19 @@ def test_each_setting_gives_its_drafters() -> None:
     for choice in ("suffix", "auto"):
         (drafter,) = built(SpeculationOptions(drafters=choice))
         assert isinstance(drafter, SuffixDrafter)
+
+
+def test_a_head_drafts_where_there_may_be_one(tmp_path: Path) -> None:
+    assert built(SpeculationOptions(drafters="head", home=tmp_path)) == []  # nor does it learn
+    for choice, count in (("head", 1), ("auto", 2), ("suffix", 1)):
+        found = built(SpeculationOptions(drafters=choice, home=tmp_path, distil_limit=1000))
+        assert len(found) == count and isinstance(found[-1], HeadDrafter) == (choice != "suffix")
+
+
+def test_a_daemon_that_keeps_nothing_learns_nothing(tmp_path: Path) -> None:
+    for journal, limit in (("off", 0), ("ask", 100_000_000)):
+        config = load({"home": tmp_path, "journal": journal}, {}).config
+        assert model_options(config).speculation.distil_limit == limit
 
 
 def test_a_model_that_cannot_forget_gets_none(caplog: pytest.LogCaptureFixture) -> None:
