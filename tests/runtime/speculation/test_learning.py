@@ -106,15 +106,15 @@ def test_a_training_that_ends_with_the_daemon_goes_on_with_the_next(place: Place
     place.learning.steps = 3000
     place.learning.start(place.call)
     place.answer(language(1, 12))
-    until(lambda: place.learning.training)
-    until(lambda: (place.folder / "training" / "events.jsonl").exists())
+    until(lambda: place.learning.training is True)
+    until((place.folder / "training" / "events.jsonl").exists)
     until(lambda: b"step" in (place.folder / "training" / "events.jsonl").read_bytes())
     place.learning.close()
     assert not place.swaps and (place.folder / "training" / CHECKPOINT).exists()
     place.learning = place.begin()
     place.collector.collected = 0
     place.learning.start(place.call)
-    until(lambda: place.learning.training)
+    until(lambda: place.learning.training is True)
 
 
 def test_what_goes_wrong_is_told_and_tried_again_later(
