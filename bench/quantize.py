@@ -305,7 +305,7 @@ def _check(mixer: Mixer, ratings: Mapping[str, Sequence[Option]]) -> dict[str, A
     """Ratings of tensors and types drawn by chance beside their measured KL."""
     source = np.random.default_rng(2)
     names = sorted(ratings)
-    pairs = []
+    pairs: list[dict[str, Any]] = []
     for _ in range(16):
         name = names[source.integers(len(names))]
         options = [option for option in ratings[name] if option.cost > 1e-6]  # above rounding
