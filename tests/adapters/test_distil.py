@@ -108,7 +108,7 @@ def test_a_damaged_segment_is_left_out(tmp_path: Path, damage: str, caplog: pyte
         write_segment(tmp_path / "other", [Run(np.full(9, 400, np.int32), *_rest(language(1, 1, length=8)))])
         path.write_bytes((tmp_path / "other" / "00000001.states").read_bytes())
     else:
-        path.write_bytes({"cut": data[:500], "flipped": data, "empty": b""}[damage])
+        path.write_bytes({"cut": bytes(data[:500]), "flipped": bytes(data), "empty": b""}[damage])
     back = list(read_segments(segment_files(tmp_path), hidden=WIDTH, vocabulary=VOCABULARY))
     assert len(back) == 1 and "00000001.states is left out" in caplog.text
     assert list(read_segments([tmp_path / "00000009.states"], hidden=WIDTH, vocabulary=VOCABULARY)) == []

@@ -44,7 +44,8 @@ def made(seed: int = 1, **parts: Any) -> DraftHead:
 
 
 def read(path: Path, **other: Any) -> DraftHead:
-    return read_head(path, **({"base": BASE, "vocabulary": VOCABULARY, "hidden": HIDDEN} | other))
+    given: dict[str, Any] = {"base": BASE, "vocabulary": VOCABULARY, "hidden": HIDDEN}
+    return read_head(path, **(given | other))
 
 
 def test_a_head_survives_its_file(tmp_path: Path) -> None:
@@ -169,8 +170,9 @@ def test_a_grade_is_what_one_guess_after_the_other_gives() -> None:
         tokens = chance.choice(head.words, length + 1).astype(np.int32)
         states = chance.normal(0, 1, (length, HIDDEN)).astype(np.float16)
         for place in range(0, length - 1, 2):  # some that it guesses right
-            guess = head.guess(states[place].astype(np.float32), int(tokens[place + 1]), 1, 0.0)[0]
-            tokens[place + 2] = guess[0]
+            tokens[place + 2] = head.guess(states[place].astype(np.float32), int(tokens[place + 1]), 1, 0.0)[
+                0
+            ][0]
         shape = (length, TOP)
         runs.append(Run(tokens, states, np.zeros(shape, np.int32), np.zeros(shape, np.float16)))
     tried, right = [0, 0, 0], [0, 0, 0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from lichen.adapters.draft_head import DraftHead, HeadFacts, HeadWeights, write_head
-from lichen.adapters.states import read_segments, segment_files
+from lichen.adapters.states import read_segments, segment_files, write_segment
 from lichen.runtime.generation import Mailbox
 from lichen.runtime.sequence import SamplingOptions, Sequence
 from lichen.runtime.served_model import ModelOptions, ServedModel
@@ -48,7 +49,7 @@ def counting_head(
         w_bias=np.zeros(vocabulary, np.float32),
         d_weight=np.roll(np.eye(vocabulary), 1, axis=0).astype(np.float32),
         table=table,
-        output=sure * np.eye(vocabulary, dtype=np.float32) / 8,
+        output=(sure / 8 * np.eye(vocabulary)).astype(np.float32),
         output_bias=np.zeros(vocabulary, np.float32),
     )
     return DraftHead(HeadFacts(base=base, vocabulary=vocabulary), weights)
@@ -189,7 +190,6 @@ def test_a_slow_side_thread_costs_rows_not_time(tmp_path: Path, monkeypatch: pyt
 def test_a_full_disk_is_one_line_in_the_log_and_no_more(
     collector: StateCollector, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    whole = distil.write_segment
 
     def full(*_: Any) -> Path:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -200,7 +200,7 @@ def test_a_full_disk_is_one_line_in_the_log_and_no_more(
         collector.flush()
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert "the disk is full" in caplog.text and collector.dropped == 60
-    monkeypatch.setattr(distil, "write_segment", whole)
+    monkeypatch.setattr(distil, "write_segment", write_segment)
     collect(collector, 20)
     assert len(collected(collector)) == 1
 
@@ -317,7 +317,7 @@ async def test_a_wrong_head_changes_nothing_and_is_swapped_while_it_drafts(
     head = drafter.head
     asked = asyncio.ensure_future(answer(headed, PROMPTS[4], "greedy", speculation=True))
     for one in (None, head, None, head):
-        headed.engine.call(lambda one=one: drafter.swap(one))
+        headed.engine.call(functools.partial(drafter.swap, one))
         await asyncio.sleep(0.02)
     (swapped,) = await asked
     (plain,) = await answer(headed, PROMPTS[4], "greedy", speculation=False)

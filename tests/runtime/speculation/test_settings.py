@@ -17,7 +17,7 @@ from lichen.runtime.http.log_format import EXCHANGE, Exchange
 from lichen.runtime.memory import estimate
 from lichen.runtime.sequence import LOCAL
 from lichen.runtime.served_model import ModelOptions
-from lichen.runtime.speculation.build import EXTRA_OUTPUTS, SpeculationOptions, build
+from lichen.runtime.speculation.build import EXTRA_OUTPUTS, Choice, SpeculationOptions, build
 from lichen.runtime.speculation.head import HeadDrafter
 from lichen.runtime.speculation.suffix import SuffixDrafter
 from tests.quant.tiny_gguf import tiny_gguf
@@ -43,7 +43,8 @@ def test_each_setting_gives_its_drafters() -> None:
 
 def test_a_head_drafts_where_there_may_be_one(tmp_path: Path) -> None:
     assert built(SpeculationOptions(drafters="head", home=tmp_path)) == []  # nor does it learn
-    for choice, count in (("head", 1), ("auto", 2), ("suffix", 1)):
+    counts: dict[Choice, int] = {"head": 1, "auto": 2, "suffix": 1}
+    for choice, count in counts.items():
         found = built(SpeculationOptions(drafters=choice, home=tmp_path, distil_limit=1000))
         assert len(found) == count and isinstance(found[-1], HeadDrafter) == (choice != "suffix")
 
