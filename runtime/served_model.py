@@ -32,7 +32,6 @@ from lichen.runtime.prompt import PromptWriter
 from lichen.runtime.sequence import LOCAL, SamplingOptions
 from lichen.runtime.sequence import Sequence as LiveSequence
 from lichen.runtime.speculation.build import SpeculationOptions, build
-from lichen.runtime.speculation.distil import StateCollector
 from lichen.runtime.spill import CacheKey, SpillStore
 
 if TYPE_CHECKING:
@@ -268,6 +267,8 @@ class ServedModel:
 
     def flush_states(self) -> None:
         """Write what was collected of answers up to now, for a draft head. Blocks."""
+        from lichen.runtime.speculation.distil import StateCollector
+
         for reader in self._speculation.readers:
             if isinstance(reader, StateCollector):
                 reader.flush()

@@ -11,15 +11,11 @@ import msgspec
 from lichen.errors import ConfigError, LichenError
 from lichen.runtime.native import Context, ContextSize, Model
 from lichen.runtime.speculation.answers import AnswerMemories
-from lichen.runtime.speculation.distil import StateCollector
 from lichen.runtime.speculation.drafter import Drafter
 from lichen.runtime.speculation.head import HeadDrafter
-from lichen.runtime.speculation.heads import HeadStore, head_folder
-from lichen.runtime.speculation.learning import HeadLearning
 from lichen.runtime.speculation.model import CATCH_UP, ModelDrafter
 from lichen.runtime.speculation.plan import Speculation
 from lichen.runtime.speculation.suffix import SuffixDrafter
-from lichen.sync.download import hash_file
 
 log = logging.getLogger("lichen.speculation")
 
@@ -75,6 +71,8 @@ def build(
     Raises ConfigError, ModelFileError or EngineError for a draft model that cannot be used.
     """
     if options.states is not None:
+        from lichen.runtime.speculation.distil import StateCollector
+
         collector = StateCollector(options.states, options.distil_limit)
         context.wants_states = True
         return Speculation(readers=[collector], width=0, outputs=0, context=0)
@@ -91,7 +89,7 @@ def build(
         drafters.append(_model_drafter(model, context, options.draft_model, threads))
     speculation = Speculation(drafters, width=context.batch, outputs=context.outputs, context=context.context)
     if options.heads:
-        _add_head(speculation, model, context, options, path, sha256 or hash_file(path))
+        _add_head(speculation, model, context, options, path, sha256)
     return speculation
 
 
@@ -101,13 +99,19 @@ def _add_head(
     context: Context,
     options: SpeculationOptions,
     path: Path,
-    base: str,
+    sha256: str,
 ) -> None:
-    """A draft head, where there is one or one may be learned. base: sha256 of the model's file.
+    """A draft head, where there is one or one may be learned; what belongs to it is loaded only here.
 
     A head that cannot be used is a line in the log, and the model is served without.
     """
+    from lichen.runtime.speculation.distil import StateCollector
+    from lichen.runtime.speculation.heads import HeadStore, head_folder
+    from lichen.runtime.speculation.learning import HeadLearning
+    from lichen.sync.download import hash_file
+
     assert options.home is not None, "heads have a home"
+    base = sha256 or hash_file(path)
     folder = head_folder(options.home, base)
     store = HeadStore(folder, base=base, vocabulary=model.vocab_size, hidden=context.hidden)
     head = store.current()
