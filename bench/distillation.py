@@ -58,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags.add_argument("--questions", type=int, default=12, help="of each domain that only measure")
     flags.add_argument("--clients", type=int, default=2, help="that ask at the same time")
     flags.add_argument("--head", type=Path, help="the head to begin with; without, there is none at first")
+    flags.add_argument("--picture", type=Path, help="a folder that gets the curve as .svg and .png")
     flags.add_argument("--fresh", type=int, default=2000, help="tokens after which a head is trained")
     flags.add_argument("--training", type=float, default=1.0, help="minutes of a training")
     options = flags.parse_args(arguments)
@@ -71,6 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     path = save(record)
+    if options.picture is not None:
+        from bench.pictures import draw_learning
+
+        draw_learning(record, options.picture)
     summary = record["summary"]
     print(json.dumps({"bench": "distillation", "result": path.name, "summary": summary}))
     return 0 if record["status"] == "ok" else 1
