@@ -122,14 +122,16 @@ class HeadLearning:
         if self._closing.is_set():
             self._training.stop()
         compared: Compared | None = None
+        stopped = False
         try:
-            for event in self._training:
-                if isinstance(event, Stopped):
-                    return
+            for event in self._training:  # to its end, so that no process is left behind
+                stopped = stopped or isinstance(event, Stopped)
                 if isinstance(event, Compared):
                     compared = event
         finally:
             self._training = None
+        if stopped:
+            return
         self.trainings += 1
         if compared is None or not compared.better:
             log.info("A newly trained draft head is not better, and is left out.")

@@ -19,29 +19,10 @@ from lichen.adapters.head_training import HeadNetwork, HeadTrainer, Lessons, mos
 from lichen.adapters.launch import CHECKPOINT, DISTIL, Training, prepare
 from lichen.adapters.states import TOP, Run, likeliest, read_segments, segment_files, write_segment
 from lichen.errors import TrainingError
+from tests.adapters.small_language import COUNT, FIRST, language
 from tests.models.tiny_models import VOCABULARY, WIDTH, write_tiny
 
 BASE = "ab" * 32
-FIRST, COUNT = 260, 40  # the tokens of the made-up language
-
-
-def language(seed: int, count: int, *, turn: int = 7, length: int = 40) -> list[Run]:
-    """Answers in a language where each token says the next one; a state is a fixed picture of its token."""
-    chance = np.random.default_rng(seed)
-    pictures = np.random.default_rng(5).normal(0, 1, (COUNT, WIDTH))
-    runs = []
-    for _ in range(count):
-        own = [int(chance.integers(COUNT))]
-        while len(own) < length + 1:
-            own.append((own[-1] * 3 + turn) % COUNT)
-        top = np.zeros((length, TOP), np.int32)
-        top[:, 0] = np.array(own[1:]) + FIRST
-        chances = np.full((length, TOP), -20, np.float16)
-        chances[:, 0] = 0
-        noise = chance.normal(0, 0.1, (length, WIDTH))
-        tokens = np.array(own, np.int32) + FIRST
-        runs.append(Run(tokens, (pictures[own[:-1]] + noise).astype(np.float16), top, chances))
-    return runs
 
 
 @pytest.fixture

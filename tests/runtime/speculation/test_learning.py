@@ -20,7 +20,7 @@ from lichen.runtime.speculation.distil import StateCollector
 from lichen.runtime.speculation.head import HeadDrafter
 from lichen.runtime.speculation.heads import HeadStore
 from lichen.runtime.speculation.learning import HeadLearning
-from tests.adapters.test_distil import language
+from tests.adapters.small_language import language
 from tests.models.tiny_models import VOCABULARY, WIDTH, write_tiny
 
 BASE = "ab" * 32
