@@ -118,8 +118,9 @@ def _add_head(
     if head is None and options.draft_head is not None:
         try:
             head = store.read(options.draft_head)
-        except LichenError as error:
-            log.warning("There is no draft head. %s", error)
+            store.add(head)  # what is learned goes on from it
+        except (LichenError, OSError) as error:
+            log.warning("The draft head is not what it should be. %s", error)
     if head is None and not options.distil_limit:
         return
     drafter = HeadDrafter(head)

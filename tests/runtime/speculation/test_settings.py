@@ -8,6 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 
+from lichen.adapters.draft_head import write_head
 from lichen.api import draft_file, model_options
 from lichen.config import load
 from lichen.errors import ConfigError, LichenError, NotFound
@@ -19,8 +20,10 @@ from lichen.runtime.sequence import LOCAL
 from lichen.runtime.served_model import ModelOptions
 from lichen.runtime.speculation.build import EXTRA_OUTPUTS, Choice, SpeculationOptions, build
 from lichen.runtime.speculation.head import HeadDrafter
+from lichen.runtime.speculation.heads import HeadStore, head_folder
 from lichen.runtime.speculation.suffix import SuffixDrafter
 from tests.quant.tiny_gguf import tiny_gguf
+from tests.runtime.speculation.test_head import counting_head
 
 
 def built(options: SpeculationOptions, *, cuttable: bool = True) -> list[Any]:
@@ -113,3 +116,12 @@ def test_past_answers_belong_to_the_api_key() -> None:
         assert owner() == "key_0123456789ab"
     finally:
         EXCHANGE.reset(token)
+
+
+def test_a_given_head_is_the_first_version_from_which_learning_goes_on(tmp_path: Path) -> None:
+    write_head(tmp_path / "given.gguf", counting_head(vocabulary=100, hidden=8))
+    options = SpeculationOptions(drafters="head", home=tmp_path, draft_head=tmp_path / "given.gguf")
+    (drafter,) = built(options)
+    assert isinstance(drafter, HeadDrafter) and drafter.head is not None
+    folder = head_folder(tmp_path, "ab" * 32)
+    assert HeadStore(folder, base="ab" * 32, vocabulary=100, hidden=8).version == 1
