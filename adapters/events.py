@@ -12,6 +12,8 @@ from typing import TypeAlias
 
 import msgspec
 
+from lichen.adapters.grading import Grade
+
 
 class Started(msgspec.Struct, frozen=True, tag="started", tag_field="event"):
     """step: where it goes on, 0 for a new training; steps: of the whole; parameters: numbers it trains."""
@@ -44,6 +46,15 @@ class Stepped(msgspec.Struct, frozen=True, tag="step", tag_field="event"):
     left: float
 
 
+class Compared(msgspec.Struct, frozen=True, tag="compared", tag_field="event"):
+    """Grades of a new draft head and of the one before it, on answers that neither learned from; better:
+    whether the new one is to be served."""
+
+    new: Grade
+    old: Grade | None
+    better: bool
+
+
 class Saved(msgspec.Struct, frozen=True, tag="saved", tag_field="event"):
     """A checkpoint is on the disk."""
 
@@ -70,7 +81,7 @@ class Finished(msgspec.Struct, frozen=True, tag="finished", tag_field="event"):
     memory: int
 
 
-Event: TypeAlias = Started | Measured | Stepped | Saved | Stopped | Failed | Finished
+Event: TypeAlias = Started | Measured | Stepped | Compared | Saved | Stopped | Failed | Finished
 
 
 class EventLog:

@@ -16,8 +16,10 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import Protocol
 
 import filelock
 import msgspec
@@ -56,7 +58,7 @@ class Run:
         started = time.monotonic()
         torch.set_num_threads(self.task.threads)
         trainer = Trainer(load_model(Path(self.task.model)), self.task, self._examples, self.folder)
-        _limit_memory(self.task.memory)
+        limit_memory(self.task.memory)
         path = self.folder / CHECKPOINT
         state = checkpoint.load(path, self.identity)
         if state is None:
@@ -138,7 +140,7 @@ class Run:
         return place
 
 
-def _limit_memory(count: int) -> None:
+def limit_memory(count: int) -> None:
     """Let the process allocate at most so many bytes from here on; 0 for no limit.
 
     Linux counts only what is written, not what is mapped (RLIMIT_DATA). Elsewhere it has no effect.
@@ -162,15 +164,22 @@ def _words(error: BaseException) -> str:
     return f"An unexpected error ended the training: {type(error).__name__}: {error}."
 
 
-def main(arguments: list[str]) -> int:
-    """Run in the folder that is named; the exit code."""
-    folder = Path(arguments[0])
+class Job(Protocol):
+    """What a trainer's process does in its folder."""
+
+    def __call__(self) -> int: ...
+
+    def stop(self, _signal: int, _frame: FrameType | None) -> None: ...
+
+
+def run_in(folder: Path, make: Callable[[Path, EventLog], Job]) -> int:
+    """Do a job in a folder at the lowest priority, alone and until a signal; the exit code."""
     with contextlib.suppress(OSError):  # a sandbox may forbid it
         os.nice(19)
     tell = EventLog(folder / EVENTS)
     try:
         with filelock.FileLock(folder / LOCK, timeout=0):
-            run = Run(folder, tell)
+            run = make(folder, tell)
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, run.stop)  # to the very end: asked twice, it must not die of it
             return run()
@@ -186,4 +195,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_in(Path(sys.argv[1]), Run))

@@ -63,7 +63,8 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
 class ChatStream:
     """An answer as it is written: an async iterator of text pieces (str).
 
-    `completion` holds the whole answer once the iterator has ended. Raises LichenError from the iterator
+    `completion` holds the whole answer once the iterator has ended; `drafted` says whether the token that
+    completed the last piece had been guessed (docs/speculation.md). Raises LichenError from the iterator
     when the request is refused or the engine fails.
     """
 
@@ -71,7 +72,8 @@ class ChatStream:
         self._begin = begin
         self._generation: Generation | None = None
         self._parts: list[Part] = []
-        self._ready: deque[str] = deque()
+        self._ready: deque[tuple[str, bool]] = deque()
+        self.drafted = False
         self.completion: Completion | None = None
 
     def __aiter__(self) -> AsyncIterator[str]:
@@ -87,18 +89,19 @@ class ChatStream:
                 break
             if isinstance(event, Piece):
                 reader = self._generation.reader
-                self._take(reader.feed(event.text) if reader else [Said(event.text)])
+                self._take(reader.feed(event.text) if reader else [Said(event.text)], event.drafted)
             elif isinstance(event, Finished):
                 reader = self._generation.reader
                 self._take(reader.flush(cut=event.reason == "length") if reader else [])
                 self.completion = _completion(self._parts, event, self._generation.sequence.adaptation)
         if self._ready:
-            return self._ready.popleft()
+            text, self.drafted = self._ready.popleft()
+            return text
         raise StopAsyncIteration
 
-    def _take(self, parts: list[Part]) -> None:
+    def _take(self, parts: list[Part], drafted: bool = False) -> None:
         self._parts += parts
-        self._ready.extend(part.text for part in parts if isinstance(part, Said))
+        self._ready.extend((part.text, drafted) for part in parts if isinstance(part, Said))
 
     async def finish(self) -> Completion:
         """Read to the end and return the whole answer."""
@@ -351,6 +354,9 @@ def model_options(config: Config) -> ModelOptions:
             draft_model=draft_file(config),
             answers_folder=config.home / "answers" if config.answer_memory else None,
             answers_limit=config.answer_memory,
+            draft_head=config.draft_head,
+            home=config.home,
+            distil_limit=config.distil_memory if config.journal != "off" else 0,
         ),
     )
 

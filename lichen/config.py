@@ -46,7 +46,7 @@ _BOOLEANS = {
 OriginKind = Literal["flag", "argument", "environment", "file", "default"]
 JournalPolicy = Literal["off", "ask", "all"]
 LogFormat = Literal["text", "json"]
-Speculation = Literal["auto", "off", "suffix", "model"]
+Speculation = Literal["auto", "off", "suffix", "model", "head"]
 LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 
 
@@ -167,8 +167,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         Speculation,
         _about(
             "How tokens are drafted, to be checked several in a step: suffix looks them up in the "
-            "conversation and in past answers, model asks the draft model, auto is both. Answers stay the "
-            "same, and nothing is drafted where that does not pay.",
+            "conversation and in past answers, model asks the draft model, head a draft head that learns "
+            "from kept answers, auto takes what there is. Answers stay the same, and nothing is drafted "
+            "where that does not pay.",
             metavar="HOW",
         ),
     ] = "off"
@@ -180,6 +181,25 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             allowed="a model name or a path",
         ),
     ] = None
+    draft_head: Annotated[
+        Path | None,
+        _about(
+            "Draft head to begin with, as 'lichen distil' makes one, where none was learned here yet.",
+            metavar="FILE",
+        ),
+    ] = None
+    distil_memory: Annotated[
+        Annotated[int, Meta(ge=0, le=1 << 40)],
+        _about(
+            "Disk space under heads/ of the home for what a draft head learns from: only answers that the "
+            "journal may keep, only with speculation head or auto, and only where torch is installed; 0 "
+            "learns nothing. The files hold answers.",
+            metavar="BYTES",
+            allowed="a number of bytes, such as 100000000 or '100 MB'; 0 for none",
+            default="100 MB",
+            bytes=True,
+        ),
+    ] = 100_000_000
     answer_memory: Annotated[
         Annotated[int, Meta(ge=0, le=1 << 40)],
         _about(

@@ -19,6 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Sequence as Items
 from dataclasses import replace
 
 import msgspec
@@ -65,7 +66,7 @@ class Engine:
         self._closers: list[Callable[[], None]] = []
         self._slots = SlotPool(context.slots)
         self._warmth = Warmth(context, self._slots, spill, self.call)
-        self._speculation = speculation or Speculation.off()
+        self.speculation = speculation or Speculation.off()
         self._stalled = False  # everything that waits, waits for the disk
         self._scheduler = Scheduler(Budget.of(context.batch))
         self._counters = Counters(free_slots=context.slots)
@@ -151,7 +152,7 @@ class Engine:
             self._fail_all(Unavailable("lichen was closed."))
             for close in self._closers:
                 close()
-            self._speculation.close()
+            self.speculation.close()
             self._warmth.close(spill=self._admission.failure is None)
             self.adapters.close()
             self.context.close()
@@ -208,14 +209,14 @@ class Engine:
         sequence.computed = sequence.cached = reused
         sequence.admitted_at = time.perf_counter()
         self._running[sequence] = Drawing(self.model, sequence)
-        self._speculation.begin(sequence)
+        self.speculation.begin(sequence)
         self._counters.prompt_tokens += len(sequence.prompt)
         self._counters.cached_tokens += reused
 
     def _step(self) -> None:
         """One turn: plan, draft, decode, draw, deliver."""
         began, drawn = time.perf_counter(), self._counters.completion_tokens
-        chunks = self._speculation.extend(self._scheduler.plan(self._running))
+        chunks = self.speculation.extend(self._scheduler.plan(self._running))
         # llama.cpp computes streams together only where their slots follow on each other in the batch.
         chunks.sort(key=lambda chunk: slot_of(chunk.sequence))
         switches = self.adapters.switches
@@ -236,7 +237,7 @@ class Engine:
         deliver(chunk.sequence for chunk in chunks)
         drawn = self._counters.completion_tokens - drawn
         if switches == self.adapters.switches:  # else its time says nothing about what tokens cost
-            self._speculation.stepped(chunks, drawn, time.perf_counter() - began)
+            self.speculation.stepped(chunks, drawn, time.perf_counter() - began)
 
     def _decode(self, chunks: list[Chunk]) -> bool:
         """Compute the chunks; on failure give the error to their sequences and try to recover."""
@@ -278,12 +279,13 @@ class Engine:
             if position:  # the guess before it was right, so it is computed already
                 sequence.computed += 1
                 sequence.accepted += 1
-            return self._draw(sequence, last + position)
+            self.speculation.read(sequence, self.context, last + position)
+            return self._draw(sequence, last + position, chunk.draft[position : position + 1])
 
         sequence.drafted += len(chunk.draft)
         accepted = verify(chunk.draft, draw)
         if chunk.draft:
-            self._speculation.judge(chunk, accepted, self._counters)
+            self.speculation.judge(chunk, accepted, self._counters)
             if self.observer is not None:
                 self.observer.checked(accepted)
         if accepted < len(chunk.draft) and not self.context.truncate(slot, sequence.computed):
@@ -292,14 +294,14 @@ class Engine:
     def _forget_cells(self, sequence: Sequence, slot: int) -> None:
         """The context cannot take wrong guesses back: compute the sequence again, and draft no more."""
         log.warning("This model's memory cannot be cut, so speculation is off for it.")
-        self._speculation.stop()
+        self.speculation.stop()
         self.context.clear(slot)
         self._slots.update(slot, ())
         sequence.computed = 0
 
-    def _draw(self, sequence: Sequence, index: int) -> int | None:
+    def _draw(self, sequence: Sequence, index: int, guess: Items[int]) -> int | None:
         """Sample the next token of a sequence whose tokens are all computed, and what follows from it; None
-        when the answer has ended."""
+        when the answer has ended. guess: the drafted token in its place, if there is one."""
         drawing = self._running[sequence]
         now = time.perf_counter()
         if not sequence.drawn:
@@ -320,17 +322,17 @@ class Engine:
             return None
         sequence.tokens.append(token)
         self._counters.completion_tokens += 1
-        if reason := self._tell(sequence, token):
+        if reason := self._tell(sequence, token, drafted=token in guess):
             self._finish(sequence, reason)
             return None
         return token
 
-    def _tell(self, sequence: Sequence, token: int) -> FinishReason | None:
+    def _tell(self, sequence: Sequence, token: int, *, drafted: bool) -> FinishReason | None:
         """Give out the text of a drawn token; why the answer ends with it, if it does."""
         drawing = self._running[sequence]
         if self.model.is_end(token):
             return "stop"
-        if piece := drawing.show(token):
+        if piece := drawing.show(token, drafted):
             sequence.events.append(piece)
         if drawing.ended:
             return "stop"
@@ -362,7 +364,7 @@ class Engine:
         if drawing is not None:
             drawing.close()
             slot = slot_of(sequence)
-            self._speculation.end(sequence)
+            self.speculation.end(sequence)
             if not keep:
                 self.context.clear(slot)
             self._slots.release(slot, sequence.tokens[:keep])

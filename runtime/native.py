@@ -310,6 +310,9 @@ class Context:
         self.batch = size.batch
         self.layout = f"streams, flash attention, {self.context} tokens"  # a saved state fits only this
         self.kv_type = "f16"  # llama.cpp's default
+        self.hidden = int(lib.llama_model_n_embd(model._pointer))
+        self.wants_states = False  # hidden states too, in steps whose tokens all have logits
+        self.has_states = False  # the last step gave them
         self.copying = False  # a copy is ordered and not carried out yet
         self._allocate_batch(size.batch)
 
@@ -362,6 +365,11 @@ class Context:
         for column, values in columns:
             column[:count] = values
         self._batch.n_tokens = count
+        # With states, llama.cpp would compute logits for every token of a prompt.
+        states = self.wants_states and sum(outputs) == count
+        if states != self.has_states:
+            self.has_states = states
+            self._lib.llama_set_embeddings(self._pointer, states)
         code = int(self._lib.llama_decode(self._pointer, self._batch))
         self.copying = self.copying and code != DECODE_OK
         return code
@@ -417,6 +425,14 @@ class Context:
         pointer = self._lib.llama_get_logits_ith(self._pointer, index)
         address = ctypes.addressof(pointer.contents)
         return np.ctypeslib.as_array(self._row.from_address(address))
+
+    def state(self, index: int) -> Any:
+        """Last hidden state [hidden] float32, normalized, after batch entry `index`: a view, valid until the
+        next decode; only where `has_states`."""
+        import numpy as np
+
+        pointer = self._lib.llama_get_embeddings_ith(self._pointer, index)
+        return np.ctypeslib.as_array(pointer, shape=(self.hidden,))
 
 
 class EmbeddingContext:

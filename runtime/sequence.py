@@ -145,11 +145,13 @@ class TokenLogprob:
 class Piece:
     """New text; never half a character, never part of a stop string.
 
-    tokens: those that begin within the text up to here, where log-probabilities were asked for.
+    tokens: those that begin within the text up to here, where log-probabilities were asked for. drafted:
+    whether the token that completed it had been guessed.
     """
 
     text: str
     tokens: tuple[TokenLogprob, ...] = ()
+    drafted: bool = False
 
 
 @dataclass(slots=True, frozen=True)
@@ -176,7 +178,7 @@ class Sequence:
     """A live request. `prompt` is not empty and leaves at least one cell of the context free.
 
     owner: whose past answers may help with drafts: the id of an API key, or LOCAL. adaptation: what it is
-    computed with, from its admission to its last token.
+    computed with, from its admission to its last token. kept: whether its content may be kept to learn from.
     """
 
     prompt: list[int]
@@ -185,6 +187,7 @@ class Sequence:
     constraint: Constraint | None = None
     owner: str = LOCAL
     adaptation: Adaptation = PLAIN
+    kept: bool = False
     id: int = field(default_factory=lambda: next(_ids))
     tokens: list[int] = field(init=False)
     computed: int = 0

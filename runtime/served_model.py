@@ -96,6 +96,8 @@ class ServedModel:
         self.engine = engine
         self.options = options
         self.metrics = engine.observer = EngineMetrics()
+        self._speculation = engine.speculation
+        self.learning = engine.speculation.learning
         self.fitted: Fitted | None = None  # how it was made to fit in memory, where somebody asked
         self._model = model
         self._writer = PromptWriter(model)
@@ -149,7 +151,13 @@ class ServedModel:
         identity = sha256 or _file_identity(path)
         try:
             speculation = build(
-                model, context, options.speculation, identity=identity, threads=options.threads
+                model,
+                context,
+                options.speculation,
+                path=path,
+                sha256=sha256,
+                identity=identity,
+                threads=options.threads,
             )
         except BaseException:
             context.close()
@@ -161,6 +169,8 @@ class ServedModel:
             served = cls(name, sha256, path, model, engine, options)
             if spill is not None:
                 spill.of(PLAIN).wait_ready(INDEX_S)
+            if served.learning is not None:
+                served.learning.start(engine.call)
             return served
         except BaseException:
             engine.close()
@@ -193,14 +203,16 @@ class ServedModel:
         *,
         count: int = 1,
         owner: str = LOCAL,
+        kept: bool = False,
     ) -> list[Generation]:
-        """Answer a conversation `count` times, after one prefill. owner: whose past answers may help drafts.
+        """Answer a conversation `count` times, after one prefill. owner: whose past answers may help drafts;
+        kept: whether a draft head may learn from these.
 
         Raises what the template, the tokenizer, the grammar and `Engine.submit` raise.
         """
         work = functools.partial(self._chat_job, messages, form, count)
         tokens, constraints, reader = await self._prepare(work)
-        return self._submit(tokens, options, constraints, reader, owner=owner)
+        return self._submit(tokens, options, constraints, reader, owner=owner, kept=kept)
 
     async def complete(
         self,
@@ -210,6 +222,7 @@ class ServedModel:
         count: int = 1,
         schema: Schema = None,
         owner: str = LOCAL,
+        kept: bool = False,
     ) -> list[Generation]:
         """Continue a text, or token ids, as they are. schema: the continuation is JSON that it allows."""
         constraints: list[Constraint | None] = [None] * count
@@ -219,10 +232,10 @@ class ServedModel:
                 lambda: [self._grammars.constraint(grammar, param="response_format") for _ in range(count)]
             )
         if isinstance(prompt, list):
-            return self._submit(self._checked_tokens(prompt), options, constraints, owner=owner)
+            return self._submit(self._checked_tokens(prompt), options, constraints, owner=owner, kept=kept)
         encode = functools.partial(self.tokenize, prompt)
         tokens = encode() if len(prompt) < INLINE_CHARACTERS else await self._prepare(encode)
-        return self._submit(tokens, options, constraints, owner=owner)
+        return self._submit(tokens, options, constraints, owner=owner, kept=kept)
 
     async def embed(
         self, text: str | list[int], *, truncate: bool = False, dimensions: int | None = None
@@ -283,9 +296,19 @@ class ServedModel:
         )
         return self._writer.tokens(text), constraints, reader
 
+    def flush_states(self) -> None:
+        """Write what was collected of answers up to now, for a draft head. Blocks."""
+        from lichen.runtime.speculation.distil import StateCollector
+
+        for reader in self._speculation.readers:
+            if isinstance(reader, StateCollector):
+                reader.flush()
+
     def close(self) -> None:
         """End what runs and give all memory back. Blocks; idempotent."""
         self._preparing.shutdown(wait=False, cancel_futures=True)
+        if self.learning is not None:
+            self.learning.close()
         self.engine.close()
         self._model.close()
 
@@ -297,6 +320,7 @@ class ServedModel:
         reader: Callable[[], AnswerReader] | None = None,
         *,
         owner: str,
+        kept: bool,
     ) -> list[Generation]:
         """One sequence for each constraint; with a seed, each further one has the next seed."""
         if not tokens:
@@ -320,6 +344,7 @@ class ServedModel:
                     constraint=constraint,
                     owner=owner,
                     adaptation=adaptation,
+                    kept=kept,
                 )
             )
         self.engine.submit(*sequences)

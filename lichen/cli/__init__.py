@@ -12,6 +12,7 @@ import lichen
 from lichen.cli import (
     adapters,
     answer,
+    distil,
     evaluate,
     feedback,
     fleet,
@@ -43,6 +44,7 @@ for group in (
     keys,
     feedback,
     learn,
+    distil,
     adapters,
     fleet,
     inspect,

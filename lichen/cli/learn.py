@@ -55,11 +55,11 @@ def learn(
 
     if not NAME.fullmatch(name):
         raise RequestError(f"{name!r} cannot be a name: use lower-case letters, digits, '.', '_' and '-'.")
-    _require_torch()
+    require_torch()
     config = config_of(context, model=model)
     report = survey(file)
     _say(report)
-    path = _model_file(config)
+    path = model_file(config)
     folder = config.home / "learning" / "jobs" / name
     task = Task(
         name=name,
@@ -83,7 +83,8 @@ def learn(
     _register(config, name, path, Path(events[1].folder))
 
 
-def _require_torch() -> None:
+def require_torch() -> None:
+    """Raises TrainingError where torch is not installed."""
     from importlib.util import find_spec
 
     if find_spec("torch") is None:
@@ -106,7 +107,8 @@ def _say(report: Report) -> None:
     typer.echo(f"{report.train:,} lessons to learn, {report.held_out:,} to measure with{more}.", err=True)
 
 
-def _model_file(config: Config) -> Path:
+def model_file(config: Config) -> Path:
+    """The configured model's file, fetched if need be."""
     from lichen.api import local_file
     from lichen.cli.models import PullDisplay
     from lichen.sync.store import Store

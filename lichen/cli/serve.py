@@ -56,9 +56,13 @@ def serve(
     threads: Annotated[Number, typer.Option(help="Threads that compute; 0: the physical cores.")] = None,
     queue: Annotated[Number, typer.Option(help="Requests that may wait for a slot.")] = None,
     prefix_cache: Annotated[Text, typer.Option(help="Bytes on disk for long prompts; 0 for none.")] = None,
-    speculation: Annotated[Text, typer.Option(help="How to draft: auto, off, suffix or model.")] = None,
+    speculation: Annotated[Text, typer.Option(help="How to draft: auto, off, suffix, model or head.")] = None,
     draft_model: Annotated[
         Text, typer.Option(help="Smaller model that drafts.", autocompletion=complete_model)
+    ] = None,
+    draft_head: Annotated[Text, typer.Option(help="Draft head to begin with.")] = None,
+    distil_memory: Annotated[
+        Text, typer.Option(help="Bytes on disk for what a draft head learns from; 0 learns nothing.")
     ] = None,
     answer_memory: Annotated[Text, typer.Option(help="Bytes on disk for past answers; 0 for none.")] = None,
     adapter_memory: Annotated[Text, typer.Option(help="Bytes of memory for a model's adapters.")] = None,

@@ -131,7 +131,8 @@ TEXT = Wording(prefix="cmpl-", whole="text_completion", chunk="text_completion",
 
 @dataclass(slots=True, kw_only=True)
 class Answer:
-    """One response to a request: `generations` of `prompts` prompts, in order. keep: called once complete."""
+    """One response to a request: `generations` of `prompts` prompts, in order. keep: called once complete.
+    show_drafts: events whose token had been guessed say so."""
 
     request: web.Request
     model: str
@@ -139,6 +140,7 @@ class Answer:
     wording: Wording
     prompts: int = 1
     include_usage: bool = False
+    show_drafts: bool = False
     keep: KeepAnswers | None = None
     id: str = field(init=False)
     created: int = field(init=False, default_factory=lambda: int(time.time()))
@@ -247,9 +249,12 @@ class _Stream:
         while not generation.done:
             event = await generation.next(HEARTBEAT_S)
             if isinstance(event, Piece):
+                marked = self._answer.show_drafts and event.drafted
+                more: dict[str, Any] = {"lichen": {"drafted": True}} if marked else {}
                 for shown in choice.feed(event):
-                    text = _plain_text(shown)
-                    await write(self._chunk(index, shown) if text is None else before + encode(text) + after)
+                    text = None if marked else _plain_text(shown)
+                    plain = text is not None
+                    await write(before + encode(text) + after if plain else self._chunk(index, shown, **more))
             elif isinstance(event, Prefill):
                 if index == 0:
                     await write(b": prefill %d/%d\n\n" % (event.done, event.total))

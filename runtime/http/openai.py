@@ -68,7 +68,7 @@ class OpenAIRoutes:
         kept = self._keeping.of_chat(body, messages)
         async with self._use(body.model, body.keep_alive) as model:
             generations = await model.chat(
-                messages, body.sampling(), body.form(), count=body.n, owner=owner()
+                messages, body.sampling(), body.form(), count=body.n, owner=owner(), kept=bool(kept)
             )
             keep = self._keeping.keeper(request, kept, model.info)
             return await _answer(request, body, model, generations, CHAT, keep=keep)
@@ -82,7 +82,9 @@ class OpenAIRoutes:
         async with self._use(body.model, body.keep_alive) as model:
             try:
                 for prompt in prompts:
-                    generations += await model.complete(prompt, options, count=body.n, owner=owner())
+                    generations += await model.complete(
+                        prompt, options, count=body.n, owner=owner(), kept=bool(kept)
+                    )
             except BaseException:
                 _close(generations)
                 raise
@@ -164,6 +166,7 @@ async def _answer(
         wording=words,
         prompts=prompts,
         keep=keep,
+        show_drafts=body.show_drafts,
         include_usage=body.stream_options is not None and body.stream_options.include_usage,
     )
     try:
