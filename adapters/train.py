@@ -130,9 +130,12 @@ class Trainer:
 
     def _rows(self, examples: Sequence[Example], cache: int, folder: Path) -> Rows:
         sequences = [[*example.prompt, *example.answer] for example in examples]
-        states = FrozenStates(self.model, self.first, sequences, limit=cache, folder=folder)
+        shared = objectives.common_beginning(examples)
+        states = FrozenStates(self.model, self.first, sequences, limit=cache, folder=folder, shared=shared)
         answers = [len(example.answer) for example in examples]
-        return Rows(self.model, self.first, states, [len(sequence) for sequence in sequences], answers)
+        return Rows(
+            self.model, self.first, states, [len(sequence) - shared for sequence in sequences], answers
+        )
 
     def _gradients(self, chosen: list[int]) -> tuple[float, int]:
         """Gather the gradients of a step, a part that fits in memory at a time; the loss, and tokens."""
