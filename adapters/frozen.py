@@ -1,8 +1,8 @@
 """Hidden states below the first adapted block: computed once, kept in a file over all epochs.
 
 They depend on no adapter. What all sequences begin with (a system prompt, an instruction) goes through the
-model once for each row of sequences, also above: `Packed.shared`. The file has no name, so nothing is left of it when the process ends, however
-it ends; the system's page cache keeps in memory what there is room for.
+model once for each row of sequences, also above: `Packed.shared`. The file has no name, so nothing is left
+of it when the process ends, however it ends; the system's page cache keeps in memory what there is room for.
 
 Invariant: the state of a sequence is the same to the bit whenever it is computed. Products over several
 sequences round by their company, so those that are kept are always computed in the same groups, and the

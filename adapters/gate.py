@@ -1,9 +1,9 @@
 """Whether an adapter may be served: decided on what it was measured to do, never on what training told.
 
-It must know the held-out part of its lesson better than what is served now, by more than chance explains; what
-it answers must depend on the question; and general answers and earlier lessons may get only a little worse.
-This module measures through a `Scorer`, which is the serving engine with the adapter on (`runtime/`), and
-imports no torch. Not covered: putting an adapter in its place (`registry.py`), and the time after (`watch.py`).
+It must know the held-out part of its lesson better than what is served now, by more than chance explains;
+what it answers must depend on the question; and general answers and earlier lessons may get only a little
+worse. This module measures through a `Scorer`, which is the serving engine with the adapter on, and imports
+no torch. Not covered: putting an adapter in its place (`registry.py`), and the time after (`watch.py`).
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ class Scores(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """gain: least share by which the lesson's loss must fall. general: greatest rise of the general loss, a share.
-    earlier: most that an earlier lesson may lose, a share of its loss and, of answers that are exact, points."""
+    """gain: least share by which the lesson's loss must fall. general: greatest rise of the general loss, a
+    share. earlier: most that an earlier lesson may lose: a share of its loss, and of its exact answers."""
 
     gain: float = 0.05
     general: float = 0.01
@@ -104,7 +104,7 @@ class Judged(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
-    """The decision, to be stored and shown. chosen: name of the candidate to serve, or None where all fail."""
+    """The decision, to be stored and shown. chosen: the candidate to serve, or None where all fail."""
 
     decision: Literal["promote", "reject"]
     chosen: str | None
@@ -178,13 +178,15 @@ def _faults(before: Scores, after: Scores, limits: Limits) -> list[str]:
     if before.general is not None and after.general is not None:
         rise = after.general.loss / before.general.loss - 1
         if rise > limits.general:
-            found.append(f"The loss on general answers rises by {rise:.1%}; {limits.general:.1%} is the most.")
+            most = f"{limits.general:.1%} is the most"
+            found.append(f"The loss on general answers rises by {rise:.1%}; {most}.")
     for name, old in before.earlier.items():
         new = after.earlier[name]
         rise, lost = new.loss / old.loss - 1, old.exact - new.exact
         # A loss close to zero may double and matter to nobody, and words may change while the loss falls.
         if lost > limits.earlier and rise > limits.earlier:
-            found.append(f"The lesson {name} is forgotten: {old.exact:.1%} exact before, {new.exact:.1%} now.")
+            change = f"{old.exact:.1%} exact before, {new.exact:.1%} now"
+            found.append(f"The lesson {name} is forgotten: {change}.")
         elif rise > limits.earlier and old.exact < limits.earlier:
             found.append(f"The loss of the lesson {name} rises by {rise:.1%}.")
     return found

@@ -25,11 +25,12 @@ COMPANY = 64  # prompts that are answered at once: a step of a few costs as much
 @dataclass(frozen=True, slots=True)
 class Recalled:
     """A prompt with the model's own answer. likely: int32 [answer, TOP], the likeliest tokens at each of the
-    answer's; logs: float32 [answer, TOP], their log-probabilities in nats."""
+    answer's; logs: float32 [answer, TOP], their log-probabilities in nats. loss: -log p of the answer."""
 
     example: Example
     likely: Tensor
     logs: Tensor
+    loss: float
 
 
 def recall(
@@ -66,6 +67,7 @@ def _answered(
     cache = KVCache(len(prompts))
     answers: list[list[int]] = [[] for _ in prompts]
     kept: list[list[tuple[Tensor, Tensor]]] = [[] for _ in prompts]
+    losses = [0.0] * len(prompts)
     new = prompts
     for _ in range(length):
         if not going_on():
@@ -79,12 +81,18 @@ def _answered(
         for number, answer in enumerate(answers):
             if not answer or answer[-1] not in ends:
                 answer.append(chosen[number])
+                losses[number] -= float(logs[number, chosen[number]])
                 kept[number].append((best.indices[number].int(), best.values[number]))
         if all(answer[-1] in ends for answer in answers):
             break
         new = [[answer[-1]] for answer in answers]  # those that ended go along, and nobody listens
     return [
-        Recalled(Example(prompt, answer), *(torch.stack(part) for part in zip(*rows, strict=True)))
-        for prompt, answer, rows in zip(prompts, answers, kept, strict=True)
+        Recalled(
+            Example(prompt, answer),
+            torch.stack([likely for likely, _ in rows]),
+            torch.stack([values for _, values in rows]),
+            loss,
+        )
+        for prompt, answer, rows, loss in zip(prompts, answers, kept, losses, strict=True)
         if answer
     ]

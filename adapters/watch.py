@@ -1,4 +1,4 @@
-"""The time after an adapter was put in its place: whether living with it turned out worse, so that it must go.
+"""The time after an adapter was put in its place: whether living with it is worse, so that it must go.
 
 Ratings, the loss on live traffic and the acceptance of drafts are compared with the time before, and a turn
 for the worse counts once chance does not explain it. A pure function of counts; whoever serves gathers them.
@@ -32,7 +32,7 @@ class Lived(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Bounds(msgspec.Struct, frozen=True, kw_only=True):
-    """What is a bad turn: more ratings down (points), a higher loss (a share), fewer drafts accepted (points)."""
+    """What is a bad turn, as shares: more ratings down, a higher loss, fewer drafted tokens accepted."""
 
     down: float = 0.05
     loss: float = 0.1
@@ -64,9 +64,10 @@ def watch(before: Lived, now: Lived, bounds: Bounds) -> Turn:
 
 
 def _points(first: int, of: int, second: int, of_second: int) -> float | None:
-    """By how much a share is larger now, at the least: the lower bound of Newcombe's interval (1998, method 10).
+    """By how much a share is larger now, at the least.
 
-    It joins two Wilson intervals, and so is right for a handful of ratings too.
+    The lower bound of Newcombe's interval (1998, method 10), which joins two of Wilson's and so is right for
+    a handful of ratings too.
     """
     if not of or not of_second:
         return None
