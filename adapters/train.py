@@ -30,7 +30,7 @@ from lichen.adapters.task import Example, Examples, Task
 from lichen.errors import TrainingError
 from lichen.models.decoder import Decoder
 
-RATES = {"supervised": 2e-3, "preference": 5e-5}  # usual for LoRA; others are not measured here yet
+RATES = {"supervised": 2e-3, "preference": 5e-5}  # the first is measured (docs/log.md)
 NORM = 1.0  # longest gradient
 BETAS = (0.9, 0.99)  # a shorter memory than usual: trainings here have hundreds of steps
 MEASURED = 128  # held-out examples at most: more would cost minutes and change the second digit
