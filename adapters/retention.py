@@ -107,8 +107,8 @@ class Kept:
 class Keeper:
     """The keep objective over a training.
 
-    The weight of the divergence grows while it is over its budget, and shrinks again below: a bound instead of
-    a trade, which needs no tuning to the lesson (the multiplier of a constraint, as in Lagrangian methods).
+    The weight of the divergence grows while it is over its budget, and shrinks again below: a bound instead
+    of a trade, which needs no tuning to the lesson (the multiplier of a constraint, after Lagrange).
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Keeper:
         layers: Sequence[Sequence[nn.Parameter]],
         task: Task,
     ) -> None:
-        """general: rows of what was recalled; earlier: of earlier lessons. layers: what is trained, by layer."""
+        """general: rows of what was recalled; earlier: of old lessons; layers: what is trained."""
         self._recalled, self._options, self._tokens = recalled, task.keeping, task.tokens
         self._trained = list(chain.from_iterable(layers))
         self._general = _Replay(general, task.keeping.answers, task.seed + 1) if general else None

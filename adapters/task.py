@@ -59,10 +59,12 @@ class LoRAOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Keeping(msgspec.Struct, frozen=True, kw_only=True):
-    """How a training keeps what the model knows. weight: least weight of the divergence on general answers beside
-    the lesson's loss; 0 keeps nothing. budget: most divergence on replayed answers, as a share of their loss:
-    past it the weight grows. answers, earlier: general answers and examples of earlier lessons replayed in a step. length:
-    most tokens of a general answer. importance: of the price on moving what answers depend on.
+    """How a training keeps what the model knows.
+
+    weight: least weight of the divergence on general answers beside the lesson's loss; 0 keeps nothing.
+    budget: most divergence on replayed answers, as a share of their loss: past it the weight grows.
+    answers, earlier: general answers and examples of earlier lessons replayed in a step. length: most tokens
+    of a general answer. importance: of the price on moving what answers depend on.
     """
 
     weight: Annotated[float, Meta(ge=0, le=1e6)] = 10.0

@@ -23,6 +23,7 @@ from lichen.adapters.course import Course, rate_at
 from lichen.adapters.events import Measured
 from lichen.adapters.frozen import FrozenStates
 from lichen.adapters.lora import adapted, attach, parameters
+from lichen.adapters.lora_file import settle_adapter
 from lichen.adapters.objectives import Rows, Score
 from lichen.adapters.recall import Recalled
 from lichen.adapters.retention import Keeper, give, joined, taken
@@ -66,6 +67,8 @@ class Trainer:
     ) -> None:
         self.model, self.task = model, task
         self.first = attach(model, task.lora, task.seed)
+        if task.parent:
+            settle_adapter(model, Path(task.parent))
         self.rate = task.rate or RATES[task.objective]
         self.step = 0
         train = _sides(examples.train) if task.objective == "preference" else examples.train
@@ -125,6 +128,8 @@ class Trainer:
             )
         self._optimizer.step()
         self._optimizer.zero_grad()
+        for _, layer in adapted(self.model):
+            layer.step_aside()
         self.step += 1
         return Step(self._course.epoch, loss, kept, rate, norm, tokens)
 
