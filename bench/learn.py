@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from bench.certificate import certificate, close_certificate, model_file, save
 from bench.flags import DEFAULT_MODEL
 from bench.peer import ROOT
 from bench.pictures import draw_lesson
+from bench.sequence import ARMS, Lessons, sequence
 from bench.taught import Schoolbook
 from lichen.adapters.events import Event, Finished, Measured, Stepped
 from lichen.adapters.launch import Training, prepare
@@ -45,14 +47,35 @@ def main() -> None:
     lesson.add_argument("--rate", type=float, default=0.0)
     lesson.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False) or 1)
     lesson.add_argument("--model", default=DEFAULT_MODEL, help="a GGUF file, or a model of lichen's store")
+    many = commands.add_parser("sequence")
+    for name, default in (("steps", 40), ("lessons", 400), ("measured", 64), ("seeds", 1)):
+        many.add_argument(f"--{name}", type=int, default=default)
+    many.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False) or 1)
+    many.add_argument("--model", default=DEFAULT_MODEL, help="a GGUF file, or a model of lichen's store")
     options = parser.parse_args()
     options.model = model_file(options.model)
     birth = certificate(options.model)
-    record = {"kind": "lesson", "birth": birth, **one_lesson(options)}
+    made = one_lesson(options) if options.command == "lesson" else many_lessons(options)
+    record = {"kind": options.command, "birth": birth, **made}
     close_certificate(birth)
     save(record)
-    draw_lesson(record, ROOT / "docs" / "img")
-    print(json.dumps({name: record[name] for name in ("before", "after", "steps", "seconds")}))
+    if options.command == "lesson":
+        draw_lesson(record, ROOT / "docs" / "img")
+        record = {name: record[name] for name in ("before", "after", "steps", "seconds")}
+    print(json.dumps(record))
+
+
+def many_lessons(options: argparse.Namespace) -> dict[str, Any]:
+    """Lessons in sequence, every arm with every seed; each result is shown when it is there."""
+    torch.set_num_threads(options.threads)
+    runs = []
+    for seed in range(options.seeds):
+        lessons = Lessons(options.model, lessons=options.lessons, measured=options.measured, seed=seed)
+        for arm in ARMS:
+            runs.append(sequence(options.model, lessons, arm, options.steps, seed))
+            print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
+    settings = {name: getattr(options, name) for name in ("steps", "lessons", "measured", "seeds")}
+    return {"settings": settings, "runs": runs}
 
 
 def one_lesson(options: argparse.Namespace) -> dict[str, Any]:

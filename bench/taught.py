@@ -58,6 +58,16 @@ class Schoolbook:
         random.Random(seed).shuffle(rows)
         return self._written((row["question"], row["answer"]) for row in rows)
 
+    def final_numbers(self, split: str) -> list[Example]:
+        """The same problems with their worked steps given, so that only the final number is the answer."""
+        found = []
+        for example in self.sums(split):
+            text = b"".join(self._native.piece(token) for token in example.answer[:-1]).decode()
+            text = text.partition("####")[2]
+            digits = len(self._native.tokenize(text.strip(), special=False, add_bos=False)) + 1  # and the end
+            found.append(Example([*example.prompt, *example.answer[:-digits]], example.answer[-digits:]))
+        return found
+
     def questions(self, count: int, *, seed: int = 0) -> list[list[int]]:
         """Questions of Spec-Bench, none of which is ever replayed, as prompts."""
         lines = (self._folder / "spec-bench" / "question.jsonl").read_text(encoding="utf-8").splitlines()

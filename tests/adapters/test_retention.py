@@ -91,10 +91,10 @@ def test_divergence_is_zero_at_first_and_exact_where_all_is_kept(model: Decoder,
         best = logs[len(one.example.prompt) - 1 : -1].topk(VOCABULARY, -1)
         all_kept.append(Recalled(one.example, best.indices.int(), best.values, one.loss))
     exact = []
-    for one, logs in zip(examples, before, strict=True):
+    for example, logs in zip(examples, before, strict=True):
         with torch.no_grad():
-            now = model(pack([[*one.prompt, *one.answer]])).log_softmax(-1)
-        part = slice(len(one.prompt) - 1, -1)
+            now = model(pack([[*example.prompt, *example.answer]])).log_softmax(-1)
+        part = slice(len(example.prompt) - 1, -1)
         exact.append(torch.nn.functional.kl_div(now[part], logs[part], log_target=True, reduction="sum"))
     whole = float(torch.stack(exact).sum()) / 30
     assert whole > 0.01
