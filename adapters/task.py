@@ -83,7 +83,8 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     tokens: most that go through the model at once. rate: highest learning rate; 0 for the default of the
     objective. beta: how far a preference may lead away from the model as it was. memory: bytes that the
     process may allocate, 0 for no limit. cache: bytes of disk for activations. checkpoint: seconds between
-    two, 0 for one after each step. measurements: how often it is measured on the way.
+    two, 0 for one after each step. measurements: how often it is measured on the way. prune:
+    share by which taking out what does not pay may raise a loss; 0 takes out nothing.
     """
 
     name: str
@@ -103,6 +104,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     seed: Annotated[int, Meta(ge=0, le=(1 << 53) - 1)] = 0
     threads: Annotated[int, Meta(ge=1, le=512)] = 1
     memory: Annotated[int, Meta(ge=0)] = 0
+    prune: Annotated[float, Meta(ge=0, le=1)] = 0.0
     measurements: Annotated[int, Meta(ge=0, le=1000)] = 0
     cache: Annotated[int, Meta(ge=0)] = 2_000_000_000
     checkpoint: Annotated[float, Meta(ge=0)] = 20.0
@@ -122,7 +124,8 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """What `adapter.json` beside an adapter says: what it is, from what, and what was measured.
 
-    base: sha256 of the model's file. before, after: `events.Measured`, in nats a token.
+    base: sha256 of the model's file. before, after: `events.Measured`, in nats a token. pruned:
+    `prune.Pruned`, or None where nothing was to be taken out.
     """
 
     version: int = 1
@@ -135,5 +138,6 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     rate: float
     before: dict[str, Any]
     after: dict[str, Any]
+    pruned: dict[str, Any] | None
     lichen: str
     torch: str

@@ -25,6 +25,7 @@ from lichen.adapters.frozen import FrozenStates
 from lichen.adapters.lora import adapted, attach, parameters
 from lichen.adapters.lora_file import settle_adapter
 from lichen.adapters.objectives import Rows, Score
+from lichen.adapters.prune import Pruned, prune
 from lichen.adapters.recall import Recalled
 from lichen.adapters.retention import Keeper, give, joined, taken
 from lichen.adapters.task import Example, Examples, Task
@@ -34,6 +35,7 @@ from lichen.models.decoder import Decoder
 RATES = {"supervised": 2e-3, "preference": 5e-5}  # the first is measured (docs/log.md)
 NORM = 1.0  # longest gradient
 BETAS = (0.9, 0.99)  # a shorter memory than usual: trainings here have hundreds of steps
+PROBED = 48  # examples that pruning measures on
 MEASURED = 128  # held-out examples at most: more would cost minutes and change the second digit
 
 
@@ -78,6 +80,9 @@ class Trainer:
         measured, replayed = _parted(recalled, bool(examples.general))
         general = examples.general or [one.example for one in measured]
         self._general = self._rows(general, task.cache // 4, folder) if general else None
+        learned = _spread(examples.train, PROBED)
+        self._probe = self._rows(learned, task.cache // 4, folder)
+        self._earlier = self._rows(_spread(examples.earlier, PROBED), 0, folder) if examples.earlier else None
         self._trained = parameters(model)
         self._keeper = self._keeping(replayed, examples.earlier, folder) if task.keeping.weight else None
         self._optimizer = torch.optim.AdamW(
@@ -132,6 +137,14 @@ class Trainer:
             layer.step_aside()
         self.step += 1
         return Step(self._course.epoch, loss, kept, rate, norm, tokens)
+
+    def prune(self) -> Pruned:
+        """Take out of the adapters what does not pay; the end of a training, which cannot go on after it.
+
+        Measured on what was learned and on what is kept, never on what is held out.
+        """
+        kept = [rows for rows in (self._general, self._earlier) if rows is not None]
+        return prune(self.model, [self._probe, *kept], allowed=self.task.prune, tokens=self.task.tokens)
 
     def measure(self, when: str) -> Measured:
         """Losses on the held-out and the general examples."""

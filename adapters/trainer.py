@@ -28,6 +28,7 @@ from lichen.adapters import checkpoint
 from lichen.adapters.events import EventLog, Failed, Finished, Measured, Saved, Started, Stepped, Stopped
 from lichen.adapters.launch import CHECKPOINT, EVENTS, EXAMPLES, LOCK, RECALL, STOPPED, TASK
 from lichen.adapters.lora_file import write_adapter
+from lichen.adapters.prune import Pruned
 from lichen.adapters.recall import Recalled, recall
 from lichen.adapters.task import Example, Examples, Manifest, Task
 from lichen.adapters.train import Trainer
@@ -78,9 +79,10 @@ class Run:
         if not self._steps(trainer):
             self.tell(Stopped(trainer.step))
             return STOPPED
+        pruned = trainer.prune() if self.task.prune else None
         after = trainer.measure("after")
         self.tell(after)
-        place = self._publish(trainer, after)
+        place = self._publish(trainer, after, pruned)
         path.unlink()
         (self.folder / RECALL).unlink(missing_ok=True)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -150,7 +152,7 @@ class Run:
         checkpoint.save(self.folder / CHECKPOINT, state)
         self.tell(Saved(trainer.step))
 
-    def _publish(self, trainer: Trainer, after: Measured) -> Path:
+    def _publish(self, trainer: Trainer, after: Measured, pruned: Pruned | None) -> Path:
         """Put the adapter and what is known of it into `<output>/<digest>/`, which appears whole."""
         with Path(self.task.model).open("rb") as file:
             base = hashlib.file_digest(file, "sha256").hexdigest()
@@ -170,6 +172,7 @@ class Run:
             rate=trainer.rate,
             before=msgspec.to_builtins(self.before),
             after=msgspec.to_builtins(after),
+            pruned=msgspec.to_builtins(pruned),
             lichen=lichen.__version__,
             torch=str(torch.__version__),
         )
