@@ -87,12 +87,15 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Numbers(msgspec.Struct, frozen=True, kw_only=True):
-    """What is kept of `Scores` in an adapter's lineage: losses in nats a token, exact as a share."""
+    """What is kept of `Scores` in an adapter's lineage: losses in nats a token, exact as a share.
 
-    loss: float
+    None: nothing was measured, or what was is no number. earlier: loss and exact of each lesson.
+    """
+
+    loss: float | None
     exact: float
     general: float | None
-    earlier: dict[str, tuple[float, float]]
+    earlier: dict[str, tuple[float | None, float]]
 
 
 class Judged(msgspec.Struct, frozen=True, kw_only=True):
@@ -145,7 +148,7 @@ def judge(before: Scores, candidates: Mapping[str, Scores], limits: Limits) -> V
         for name, scores in candidates.items()
     ]
     sound = [one for one in judged if not one.faults]
-    best = min(sound, key=lambda one: one.numbers.loss, default=None)
+    best = min(sound, key=lambda one: candidates[one.name].lesson.loss, default=None)
     return Verdict(
         decision="reject" if best is None else "promote",
         chosen=None if best is None else best.name,
@@ -222,8 +225,13 @@ def _finite(scores: Scores) -> bool:
 
 def _numbers(scores: Scores) -> Numbers:
     return Numbers(
-        loss=scores.lesson.loss,
+        loss=_number(scores.lesson.loss),
         exact=scores.lesson.exact,
-        general=None if scores.general is None else scores.general.loss,
-        earlier={name: (skill.loss, skill.exact) for name, skill in scores.earlier.items()},
+        general=None if scores.general is None else _number(scores.general.loss),
+        earlier={name: (_number(skill.loss), skill.exact) for name, skill in scores.earlier.items()},
     )
+
+
+def _number(value: float) -> float | None:
+    """JSON has no other numbers than finite ones."""
+    return value if math.isfinite(value) else None

@@ -138,6 +138,6 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     rate: float
     before: dict[str, Any]
     after: dict[str, Any]
-    pruned: dict[str, Any] | None
     lichen: str
     torch: str
+    pruned: dict[str, Any] | None = None

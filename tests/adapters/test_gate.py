@@ -126,8 +126,11 @@ def test_what_did_not_learn_is_rejected() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_no_number_is_rejected(value: float) -> None:
+def test_a_loss_that_is_no_number_is_rejected_and_can_be_stored(value: float) -> None:
     assert "no number" in faults(lambda example: value if is_general(example) else learned(example))
+    verdict = decided({"one": lambda example: value})
+    assert verdict.candidates[0].numbers.loss is None
+    assert msgspec.json.decode(msgspec.json.encode(verdict), type=Verdict) == verdict
 
 
 def test_random_labels_are_rejected_though_the_loss_falls() -> None:

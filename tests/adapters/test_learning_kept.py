@@ -113,7 +113,8 @@ def test_random_labels_do_not_pass_the_gate(
     trainer = taught(model_file, tmp_path, Examples(train=poisoned[:64]), recalled, epochs=3)
     judged = verdict(trainer, model_file, tmp_path, poisoned[64:], recalled)
     assert judged.decision == "reject"
-    assert judged.candidates[0].numbers.loss < judged.before.loss  # it did learn which labels there are
+    new, old = judged.candidates[0].numbers.loss, judged.before.loss
+    assert new is not None and old is not None and new < old  # it did learn which labels there are
 
 
 def test_resumed_in_the_middle_of_replay_it_goes_the_same_way(

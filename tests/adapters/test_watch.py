@@ -40,7 +40,7 @@ def test_a_bad_turn_goes_back(before: Lived, now: Lived, words: str) -> None:
     [
         (Lived(), Lived()),
         (Lived(), lived(9, up=0, down=50)),  # nothing to compare with
-        (lived(1, up=9, down=1), lived(1, seed=1, up=0, down=2)),  # two angry clicks prove nothing
+        (lived(1, up=9, down=1), lived(1, seed=1, up=0, down=1)),  # one angry click proves nothing
         (lived(1, up=90, down=10), lived(1.05, seed=1, up=88, down=12)),
         (lived(1, count=3), lived(2, count=3, seed=1, spread=2)),
     ],
