@@ -12,6 +12,7 @@ from typing import Literal
 import msgspec
 
 SURE = 2.326  # standard errors: one-sided, 99 %
+FEWEST = 30  # answers: the mean of fewer is not normal enough to say how sure it is
 
 
 class Lived(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,7 +86,7 @@ def _wilson(count: int, of: int) -> tuple[float, float, float]:
 
 def _rise(before: Lived, now: Lived) -> float | None:
     """By how much the mean loss is higher now, at the least, as a share of the mean before."""
-    if before.answers < 2 or now.answers < 2 or before.loss <= 0:
+    if min(before.answers, now.answers) < FEWEST or before.loss <= 0:
         return None
     old, new = before.loss / before.answers, now.loss / now.answers
     error = math.sqrt(_variance(before) / before.answers + _variance(now) / now.answers)

@@ -103,7 +103,7 @@ def test_replay_keeps_what_plain_training_loses(
     assert before.general is not None and before.loss is not None
     assert general[0] > 1.3 * before.general  # without replay it forgets
     assert general[1] - before.general < 0.5 * (general[0] - before.general)
-    assert (found[1].loss or 9) < 0.8 * before.loss
+    assert (found[1].loss or 9) < 0.9 * before.loss
 
 
 def test_random_labels_do_not_pass_the_gate(

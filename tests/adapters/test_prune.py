@@ -11,7 +11,7 @@ from torch import Tensor
 from lichen.adapters.lora import adapted, attach
 from lichen.adapters.lora_file import settle_adapter, write_adapter
 from lichen.adapters.prune import components, prune
-from lichen.adapters.task import LoRAOptions
+from lichen.adapters.task import Example, LoRAOptions
 from lichen.errors import ModelFileError
 from lichen.models.decoder import Decoder
 from lichen.models.load import load_model
@@ -45,6 +45,18 @@ def logits(model: Decoder) -> Tensor:
         return model(pack([TEXT]))  # type: ignore[no-any-return]
 
 
+def own(model: Decoder, seed: int = 0) -> list[Example]:
+    """Questions with what the model answers, so that its adapter is worth something."""
+    found = []
+    for example in copying(6, seed):
+        row = list(example.prompt)
+        for _ in range(3):
+            with torch.no_grad():
+                row.append(int(model(pack([row]))[-1].argmax()))
+        found.append(Example(example.prompt, row[-3:]))
+    return found
+
+
 def test_nothing_allowed_nothing_changed(path: Path, tmp_path: Path) -> None:
     model = adapted_model(path)
     before = logits(model)
@@ -56,9 +68,9 @@ def test_nothing_allowed_nothing_changed(path: Path, tmp_path: Path) -> None:
 
 def test_as_much_goes_as_the_loss_allows(path: Path, tmp_path: Path) -> None:
     reports = []
-    for allowed in (0.01, 0.1, 10.0):
+    for allowed in (0.01, 0.1, 1000.0):
         model = adapted_model(path)
-        probes = [rows_of(model, 1, copying(6, seed), tmp_path, shared=0) for seed in (0, 1)]
+        probes = [rows_of(model, 1, own(model, seed), tmp_path, shared=0) for seed in (0, 1)]
         report = prune(model, probes, allowed=allowed, tokens=64)
         for old, new in zip(report.losses_before, report.losses_after, strict=True):
             assert new <= old * (1 + allowed)
@@ -85,7 +97,7 @@ def test_components_are_the_product_and_the_cut_energy_is_the_error() -> None:
 
 def test_llama_cpp_reads_ranks_of_their_own(path: Path, tmp_path: Path) -> None:
     model = adapted_model(path)
-    rows = rows_of(model, 1, copying(6), tmp_path, shared=0)
+    rows = rows_of(model, 1, own(model), tmp_path, shared=0)
     report = prune(model, [rows], allowed=0.05, tokens=64)
     assert len(set(report.ranks.values())) > 1
     write_adapter(model, tmp_path / "a.gguf", OPTIONS, name="test", base="b1" * 32)
