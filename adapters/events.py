@@ -35,7 +35,8 @@ class Measured(msgspec.Struct, frozen=True, tag="measured", tag_field="event"):
 
 
 class Stepped(msgspec.Struct, frozen=True, tag="step", tag_field="event"):
-    """One step: tokens that went through the model a second, and the seconds that are left."""
+    """One step: tokens that went through the model a second, and the seconds that are left. kept: divergence
+    from the model as it was, on general answers, in nats a token; None where none are replayed."""
 
     step: int
     epoch: int
@@ -44,6 +45,7 @@ class Stepped(msgspec.Struct, frozen=True, tag="step", tag_field="event"):
     norm: float
     tokens_per_second: float
     left: float
+    kept: float | None = None
 
 
 class Compared(msgspec.Struct, frozen=True, tag="compared", tag_field="event"):

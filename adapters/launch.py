@@ -18,7 +18,7 @@ from lichen.adapters.task import Examples, Task
 from lichen.errors import TrainingError
 
 TASK, EXAMPLES, EVENTS = "task.json", "examples.json", "events.jsonl"
-CHECKPOINT, LOCK, OUTPUT = "checkpoint.pt", "lock", "trainer.log"
+CHECKPOINT, RECALL, LOCK, OUTPUT = "checkpoint.pt", "recall.pt", "lock", "trainer.log"
 STOPPED = 3  # exit code of a training that was asked to end and can go on
 POLL_S = 0.1
 DISTIL = "lichen.adapters.distil"

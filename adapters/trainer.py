@@ -28,12 +28,15 @@ import torch
 import lichen
 from lichen.adapters import checkpoint
 from lichen.adapters.events import EventLog, Failed, Finished, Measured, Saved, Started, Stepped, Stopped
-from lichen.adapters.launch import CHECKPOINT, EVENTS, EXAMPLES, LOCK, STOPPED, TASK
+from lichen.adapters.launch import CHECKPOINT, EVENTS, EXAMPLES, LOCK, RECALL, STOPPED, TASK
 from lichen.adapters.lora_file import write_adapter
-from lichen.adapters.task import Examples, Manifest, Task
+from lichen.adapters.prune import Pruned
+from lichen.adapters.recall import Recalled, recall
+from lichen.adapters.task import Example, Examples, Manifest, Task
 from lichen.adapters.train import Trainer
 from lichen.durable import sync_folder, write_file
 from lichen.errors import LichenError, TrainingError
+from lichen.models.decoder import Decoder
 from lichen.models.load import load_model
 
 
@@ -57,14 +60,19 @@ class Run:
         """Train to the end or until stopped; the exit code."""
         started = time.monotonic()
         torch.set_num_threads(self.task.threads)
-        trainer = Trainer(load_model(Path(self.task.model)), self.task, self._examples, self.folder)
+        model = load_model(Path(self.task.model))
+        recalled = self._recalled(model)
+        if recalled is None:
+            self.tell(Stopped(0))
+            return STOPPED
+        trainer = Trainer(model, self.task, self._examples, self.folder, recalled)
         limit_memory(self.task.memory)
         path = self.folder / CHECKPOINT
         state = checkpoint.load(path, self.identity)
         if state is None:
             self.before = trainer.measure("before")
             if self.task.minutes is not None:
-                trainer.fit_into(self.task.minutes * 60)
+                trainer.fit_into(self.task.minutes * 60 - (time.monotonic() - started))
             self._save(trainer)
         else:
             trainer.restore(state)
@@ -74,13 +82,42 @@ class Run:
         if not self._steps(trainer):
             self.tell(Stopped(trainer.step))
             return STOPPED
+        pruned = trainer.prune() if self.task.prune else None
         after = trainer.measure("after")
         self.tell(after)
-        place = self._publish(trainer, after)
+        place = self._publish(trainer, after, pruned)
         path.unlink()
+        (self.folder / RECALL).unlink(missing_ok=True)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         self.tell(Finished(str(place), time.monotonic() - started, peak))
         return 0
+
+    def _recalled(self, model: Decoder) -> list[Recalled] | None:
+        """The model's own answers, by an earlier process of this training or made now; None when stopped."""
+        path = self.folder / RECALL
+        stored = checkpoint.load(path, self.identity)
+        if stored is not None:
+            rows = zip(*stored["recalled"], strict=True)
+            return [Recalled(Example(asked, answer), *more) for asked, answer, *more in rows]
+        found = recall(
+            model,
+            self._examples.asked,
+            ends=frozenset(self._examples.ends),
+            length=self.task.keeping.length,
+            seed=self.task.seed,
+            going_on=lambda: not self._ending(),
+        )
+        if self._ending():
+            return None
+        columns = [
+            [one.example.prompt for one in found],
+            [one.example.answer for one in found],
+            [one.likely for one in found],
+            [one.logs for one in found],
+            [one.loss for one in found],
+        ]
+        checkpoint.save(path, {"identity": self.identity, "recalled": columns})
+        return found
 
     def _steps(self, trainer: Trainer) -> bool:
         """All steps that are left; False where it was stopped before."""
@@ -93,12 +130,21 @@ class Run:
             done += 1
             left = (now - begun) / done * (trainer.steps - trainer.step)
             speed = step.tokens / (now - started)
-            self.tell(Stepped(trainer.step, step.epoch, step.loss, step.rate, step.norm, speed, left))
+            told = Stepped(trainer.step, step.epoch, step.loss, step.rate, step.norm, speed, left, step.kept)
+            self.tell(told)
+            if self._measures_at(trainer):
+                self.tell(trainer.measure(f"step {trainer.step}"))
             if now - saved >= self.task.checkpoint:
                 self._save(trainer)
                 saved = now
         self._save(trainer)
         return trainer.step == trainer.steps
+
+    def _measures_at(self, trainer: Trainer) -> bool:
+        """Whether this step is one of those, evenly spread, after which it is measured."""
+        parts = self.task.measurements + 1
+        done, before = (step * parts // trainer.steps for step in (trainer.step, trainer.step - 1))
+        return done > before and trainer.step < trainer.steps
 
     def _ending(self) -> bool:
         """Whether it was asked to stop, or whoever started it is gone."""
@@ -109,7 +155,7 @@ class Run:
         checkpoint.save(self.folder / CHECKPOINT, state)
         self.tell(Saved(trainer.step))
 
-    def _publish(self, trainer: Trainer, after: Measured) -> Path:
+    def _publish(self, trainer: Trainer, after: Measured, pruned: Pruned | None) -> Path:
         """Put the adapter and what is known of it into `<output>/<digest>/`, which appears whole."""
         with Path(self.task.model).open("rb") as file:
             base = hashlib.file_digest(file, "sha256").hexdigest()
@@ -129,6 +175,7 @@ class Run:
             rate=trainer.rate,
             before=msgspec.to_builtins(self.before),
             after=msgspec.to_builtins(after),
+            pruned=msgspec.to_builtins(pruned),
             lichen=lichen.__version__,
             torch=str(torch.__version__),
         )

@@ -102,3 +102,28 @@ def draw_learning(record: dict[str, Any], folder: Path) -> list[Path]:
         figure.savefig(written[1], dpi=110, metadata={"Software": None})
         pyplot.close(figure)
     return written
+
+
+def draw_lesson(record: dict[str, Any], folder: Path) -> list[Path]:
+    """Write lesson.svg and .png: held-out error, and the general loss against what it was, by step."""
+    folder.mkdir(parents=True, exist_ok=True)
+    steps = [point["step"] for point in record["measured"]]
+    first = record["measured"][0]["general"]
+    with pyplot.rc_context({"svg.hashsalt": "lichen", "svg.fonttype": "none", "font.size": 9}):
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(8, 3), layout="constrained")
+        errors = [100 * point["error"] for point in record["measured"]]
+        left.plot(steps, errors, color=COLOURS[0], marker="o")
+        left.set_title("wrong answers of the held-out, %")
+        left.set_ylim(bottom=0)
+        rises = [100 * (point["general"] / first - 1) for point in record["measured"]]
+        right.plot(steps, rises, color=COLOURS[1], marker="o")
+        right.axhline(1, color=COLOURS[3], linewidth=0.8)
+        right.set_title("rise of the loss on general answers, %")
+        for axis in (left, right):
+            axis.set_xlabel("steps")
+            axis.grid(visible=True, alpha=0.3)
+        written = [folder / "lesson.svg", folder / "lesson.png"]
+        figure.savefig(written[0], metadata={"Date": None})
+        figure.savefig(written[1], dpi=110, metadata={"Software": None})
+        pyplot.close(figure)
+    return written

@@ -332,6 +332,21 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             bytes=True,
         ),
     ] = 2_000_000_000
+    gate_gain: Annotated[
+        Annotated[float, Meta(ge=0, le=1)],
+        _about(
+            "Share by which a new adapter must lower the loss on the held-out part of its lesson.",
+            metavar="SHARE",
+        ),
+    ] = 0.05
+    gate_general: Annotated[
+        Annotated[float, Meta(ge=0, le=10)],
+        _about("Share by which a new adapter may raise the loss on general answers.", metavar="SHARE"),
+    ] = 0.01
+    gate_earlier: Annotated[
+        Annotated[float, Meta(ge=0, le=10)],
+        _about("Share that a new adapter may lose of each earlier lesson.", metavar="SHARE"),
+    ] = 0.02
     offline: Annotated[bool, _about("Never use the network to fetch a model.")] = False
     log_level: Annotated[
         LogLevel, _about("Least severe log lines to show, on standard error.", metavar="LEVEL")

@@ -30,6 +30,7 @@
     ├── TrainingError                 500  an adapter cannot be trained so, or its training failed
     ├── AdapterError                  422  an adapter that breaks its format's rules or does not fit its model
     ├── RegistryError                 409  the registry of adapters cannot do that in the state it is in
+    │   └── GateError                 500  an adapter cannot be measured, so it is not served
     ├── FleetError                    500  membership of a fleet, or a fleet's repository, is not in order
     │   ├── TrustError                502  metadata or bytes of the fleet do not verify
     │   ├── MetadataExpired           503  the fleet's metadata is too old; updates stop, serving does not
@@ -302,6 +303,12 @@ class RegistryError(LichenError):
     status = 409
     code = "registry_conflict"
     kind = "invalid_request_error"
+
+
+class GateError(TrainingError):
+    """An adapter cannot be measured well enough to decide on it."""
+
+    code = "gate_error"
 
 
 class FleetError(LichenError):

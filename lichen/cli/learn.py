@@ -136,7 +136,8 @@ def _examples(file: Path, model: Path, length: int) -> Examples:
         teacher = Teacher(native, min(length, native.context_train or length))
         train = teacher.write(read_lessons(file, "train"))
         held_out = teacher.write(read_lessons(file, "held_out"))
-        known = teacher.write(general.lessons())
+        asked = [example.prompt for example in teacher.write(general.questions()).examples]
+        ends = [token for token in range(native.vocab_size) if native.is_end(token)]
     finally:
         native.close()
     if too_long := train.too_long + held_out.too_long:
@@ -145,7 +146,7 @@ def _examples(file: Path, model: Path, length: int) -> Examples:
         typer.echo(f"{refused:,} lessons are left out: {train.reason or held_out.reason}", err=True)
     if not train.examples:
         raise LessonError("No lesson of the file is left to learn from.", param="file")
-    return Examples(train=train.examples, held_out=held_out.examples, general=known.examples)
+    return Examples(train=train.examples, held_out=held_out.examples, asked=asked, ends=ends)
 
 
 def _memory() -> int:

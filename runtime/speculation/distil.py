@@ -78,7 +78,7 @@ class StateCollector:
     # ---- the engine thread ----------------------------------------------------------------------------
 
     def begin(self, sequence: Sequence) -> None:
-        """Collect it, if its content may be kept, the model alone answers it and not too many are collected."""
+        """Collect it, if it may be kept, no adapter answers it, and not too many are being collected."""
         if sequence.kept and sequence.adaptation == PLAIN and len(self._live) < AT_ONCE:
             self._live.add(sequence.id)
 
