@@ -29,7 +29,7 @@ from lichen.errors import ConfigError
 
 ENV_PREFIX = "LICHEN_"
 FILE_VARIABLE = "LICHEN_CONFIG"
-FOREIGN_PREFIXES = ("LICHEN_TEST_", "LICHEN_BENCH_", "LICHEN_FLEET_")  # tests, benchmarks, a passphrase
+FOREIGN_PREFIXES = ("LICHEN_TEST_", "LICHEN_BENCH_", "LICHEN_DATA", "LICHEN_FLEET_")  # of tests, a passphrase
 FILE_LIMIT = 1 << 20  # bytes
 HIDDEN = "(set, hidden)"
 _BOOLEANS = {
