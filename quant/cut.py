@@ -62,9 +62,7 @@ def write_cut(file: GGUFFile, target: Path, types: Mapping[str, GGMLType], layer
     if not 1 <= layers <= whole:
         raise ModelFileError(f"{file.path.name} has {whole} layers, so that it cannot be cut to {layers}.")
     kept = [
-        tensor
-        for tensor in file.tensors.values()
-        if (layer := layer_of(tensor)) is None or layer < layers
+        tensor for tensor in file.tensors.values() if (layer := layer_of(tensor)) is None or layer < layers
     ]
     write_gguf(
         target,

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from lichen.config import Config
     from lichen.devices.hardware import Hardware
 
+_BINDINGS = "llama-cpp-python"
+
 Verdict = Literal["fine", "warning", "problem"]
 
 
@@ -66,7 +68,7 @@ def unused(hardware: Hardware, info: str, offload: bool) -> Iterator[Finding]:
     """What the native library leaves unused of this machine. info: its own words. Pure."""
     from lichen.devices.build import unused_features
 
-    again = "build it here: pip install --force-reinstall --no-cache-dir --no-binary :all: llama-cpp-python"
+    again = f"build it here: pip install --force-reinstall --no-deps --no-binary {_BINDINGS} {_BINDINGS}"
     if missing := unused_features(info, hardware.machine.features):
         detail = f"llama.cpp was compiled without {', '.join(missing)}, which this processor has; {again}"
         yield Finding("software", "speed", "warning", detail)

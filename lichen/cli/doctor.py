@@ -77,7 +77,9 @@ def machine_findings(hardware: Hardware) -> Iterator[Finding]:
     if power.battery is not None:
         low = power.on_battery and power.battery <= LOW_CHARGE
         source = "on battery" if power.on_battery else "on mains"
-        yield Finding("machine", "power", "warning" if low else "fine", f"{source}, {power.battery} % charged")
+        yield Finding(
+            "machine", "power", "warning" if low else "fine", f"{source}, {power.battery} % charged"
+        )
     if heat.celsius is not None or heat.throttled is not None:
         yield _heat(hardware)
 
@@ -90,7 +92,8 @@ def _processor(hardware: Hardware) -> Iterator[Finding]:
         "machine",
         "processor",
         "warning" if old else "fine",
-        f"{machine.cpu}, {machine.isa}{features}" + (": no AVX2, so models run several times slower" if old else ""),
+        f"{machine.cpu}, {machine.isa}{features}"
+        + (": no AVX2, so models run several times slower" if old else ""),
     )
     kinds = f" ({cores.performance} fast, {cores.efficiency} thrifty)" if cores.efficiency else ""
     text = f"{cores.physical}{kinds}, {cores.threads} threads"
@@ -108,9 +111,14 @@ def _processor(hardware: Hardware) -> Iterator[Finding]:
     if found:
         yield Finding("machine", "caches", "fine", ", ".join(found))
     if len(hardware.nodes) > 1:
-        spread = ", ".join(f"{node.processors} threads with {megabytes(node.memory)}" for node in hardware.nodes)
+        spread = ", ".join(
+            f"{node.processors} threads with {megabytes(node.memory)}" for node in hardware.nodes
+        )
         yield Finding(
-            "machine", "NUMA", "warning", f"{len(hardware.nodes)} nodes: {spread}. Bind lichen to one: numactl -N 0 -m 0"
+            "machine",
+            "NUMA",
+            "warning",
+            f"{len(hardware.nodes)} nodes: {spread}. Bind lichen to one: numactl -N 0 -m 0",
         )
 
 
@@ -129,7 +137,7 @@ def _memory(hardware: Hardware) -> Iterator[Finding]:
             "machine",
             "swap",
             "warning",
-            f"{megabytes(hardware.swap_used)} in use: memory is short, and a model that is swapped out crawls",
+            f"{megabytes(hardware.swap_used)} in use: memory is short, and a swapped model crawls",
         )
 
 
@@ -140,7 +148,9 @@ def _heat(hardware: Hardware) -> Finding:
         parts.append(f"slowed down {heat.throttled} times since the start")
     if heat.slowed:
         parts.append("the system slows the processor down now: let it cool, or lower --threads")
-    return Finding("machine", "heat", "warning" if heat.slowed else "fine", ", ".join(parts) or "never too hot")
+    return Finding(
+        "machine", "heat", "warning" if heat.slowed else "fine", ", ".join(parts) or "never too hot"
+    )
 
 
 def disk_findings(folder: Path, free: int, *, measured: bool) -> Iterator[Finding]:
@@ -152,7 +162,8 @@ def disk_findings(folder: Path, free: int, *, measured: bool) -> Iterator[Findin
         "machine",
         "disk",
         "problem" if free < NO_DISK else "warning" if free < LITTLE_DISK else "fine",
-        f"{megabytes(free)} free at {folder}" + ("" if free >= LITTLE_DISK else ": free some, or set LICHEN_HOME"),
+        f"{megabytes(free)} free at {folder}"
+        + ("" if free >= LITTLE_DISK else ": free some, or set LICHEN_HOME"),
     )
     if not measured:
         return
@@ -186,11 +197,14 @@ def model_findings(config: Config, hardware: Hardware) -> Iterator[Finding]:
         "models",
         "threads",
         "warning" if many else "fine",
-        f"{threads} ({why})" + (f": more than the {machine.physical_cores} cores; they wait for each other" if many else ""),
+        f"{threads} ({why})"
+        + (f": more than the {machine.physical_cores} cores; they wait for each other" if many else ""),
     )
     free = memory.available(config.memory_limit)
     sizes = ", ".join(f"{weights(free, bits)} weights at {name}" for name, bits in BITS)
-    yield Finding("models", "sizes that fit", "fine", f"up to about {sizes} ({megabytes(free)} for all of it)")
+    yield Finding(
+        "models", "sizes that fit", "fine", f"up to about {sizes} ({megabytes(free)} for all of it)"
+    )
     yield from _configured(config, free)
 
 
@@ -217,7 +231,9 @@ def _configured(config: Config, free: int) -> Iterator[Finding]:
             manifest = kept.resolve(config.model)
             path = kept.blob_path(manifest) if manifest is not None else None
         if path is None:
-            yield Finding("models", "model", "warning", f"{config.model} is not here yet: lichen pull {config.model}")
+            yield Finding(
+                "models", "model", "warning", f"{config.model} is not here yet: lichen pull {config.model}"
+            )
             return
         summary, options = check_gguf(path), model_options(config)
         needed = memory.estimate(summary, options).total
@@ -226,7 +242,9 @@ def _configured(config: Config, free: int) -> Iterator[Finding]:
             yield Finding("models", "model", "fine", detail)
             return
         smaller = memory.fitted(config.model, summary, options, free)
-        yield Finding("models", "model", "warning", f"{smaller.note} Lower --context or --slots to choose yourself.")
+        yield Finding(
+            "models", "model", "warning", f"{smaller.note} Lower --context or --slots to choose yourself."
+        )
     except LichenError as error:
         yield Finding("models", "model", "warning", str(error))
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from lichen.cli import inspect
+from lichen.cli.checks import Finding, daemon, writable
 from lichen.config import Config, override
 from tests.cli.standin_daemon import StandIn, standing_in
 
