@@ -51,15 +51,17 @@ def measure(
 ) -> bool:
     """Take the samples that a record lacks; whether every task has one at the end.
 
-    Stops when `stopped` says so or when the budget is spent, which is looked at before each sample. What was
-    measured is saved then, and also when something raises: an error of the bench, or an interruption.
+    Stops before the next sample when `stopped` says so, and when the budget is spent and each task has a
+    sample. What was measured is saved then, and also when something raises: an error of the bench, or an
+    interruption.
     """
     due = missing(record, wanted, rounds)
     total = sum(1 if task.exact else rounds for task in wanted)
     started = saved = clock()
     try:
         for place, task in enumerate(due):
-            if stopped() or clock() - started > budget_s:
+            spent = clock() - started > budget_s
+            if stopped() or (spent and record.count(task)):  # those without a sample come first
                 break
             progress(Progress(done=total - len(due) + place, total=total, task=task))
             record.add(task, bench.measure(task))

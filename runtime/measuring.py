@@ -23,6 +23,7 @@ from lichen.quant.gguf import GGUFFile, open_gguf
 from lichen.quant.quantize import planned_bytes
 from lichen.runtime import heap, memory, native
 
+PREFIX = "measuring-"  # of scratch folders
 SOURCE = "source"  # the layout of the file as it is
 SHORT, LONG = 2, 10  # layers of the two lengths
 LONG_BYTES = 400_000_000  # that the layers of the long one take at most, where four layers take less
@@ -45,12 +46,20 @@ class NativeBench:
     """Two lengths of one layout of a model; a context manager that removes its scratch files.
 
     layout: `SOURCE`, or the name of a type such as q8_0. scratch: a folder with room for the long one, by
-    default the system's. Used by one thread. Raises ModelFileError, ConfigError, DiskFull, StoreError and
-    EngineError, here and in `measure`.
+    default the system's. layers: other lengths than `lengths` chooses. Used by one thread. Raises
+    ModelFileError, ConfigError, DiskFull, StoreError and EngineError, here and in `measure`.
     """
 
-    def __init__(self, path: Path, layout: str = SOURCE, *, scratch: Path | None = None) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="lichen-measuring-", dir=scratch)
+    def __init__(
+        self,
+        path: Path,
+        layout: str = SOURCE,
+        *,
+        scratch: Path | None = None,
+        layers: tuple[int, ...] | None = None,
+    ) -> None:
+        self._layers = layers
+        self._folder = tempfile.TemporaryDirectory(prefix=PREFIX, dir=scratch)
         self._cuts: list[_Cut] = []
         try:
             with open_gguf(path) as file:
@@ -62,7 +71,7 @@ class NativeBench:
     def _write(self, file: GGUFFile, layout: str | None) -> Shape:
         types, whole = types_of(file, layout), layer_count(file)
         whole_bytes = layer_bytes(file, types, whole)
-        layers = lengths(whole, whole_bytes // whole)
+        layers = self._layers or lengths(whole, whole_bytes // whole)
         for count in layers:
             target = Path(self._folder.name) / f"{count}.gguf"
             write_cut(file, target, types, count)
@@ -181,27 +190,28 @@ class _Cut:
 
     def _depth(self, task: Task) -> _Work:
         """One token behind as many as the slot of that depth holds."""
-        context, slot = self._contexts.get(f"depth {task.kv}"), DEPTHS.index(task.depth)
+        name, slot = f"depth {task.kv}", DEPTHS.index(task.depth)
+        context = self._contexts.get(name)
         if context is None:
-            context = self._contexts[f"depth {task.kv}"] = self._deep(task.kv, task.threads)
+            room, slots = DEPTHS[-1] + _CELLS, len(DEPTHS)
+            size = native.ContextSize(context=room, slots=slots, threads=1, batch=CHUNKS[-1], kv=task.kv)
+            context = self._contexts[name] = native.Context(self.model, size)
+        if context.cells(slot) < task.depth:
+            context.set_threads(task.threads)
+            self._fill(context, slot, task.depth)
         return _Work(context, {slot: task.depth}, [task.depth], [slot], [1])
 
-    def _deep(self, kv: str, threads: int) -> native.Context:
-        """A context with a slot for each depth, filled to it: each goes on from a copy of the one before."""
-        size = native.ContextSize(
-            context=DEPTHS[-1] + _CELLS, slots=len(DEPTHS), threads=threads, batch=CHUNKS[-1], kv=kv
-        )
-        context = native.Context(self.model, size)
-        for slot, depth in enumerate(DEPTHS):
-            filled = 0
-            if slot and DEPTHS[slot - 1]:
-                context.copy(slot - 1, slot)
-                filled = DEPTHS[slot - 1]
-            for start in range(filled, depth, CHUNKS[-1]):
-                count = min(CHUNKS[-1], depth - start)
-                positions = list(range(start, start + count))
-                _decode(context, self._tokens(count), positions, [slot] * count, [0] * count)
-        return context
+    def _fill(self, context: native.Context, slot: int, depth: int) -> None:
+        """Make a slot hold `depth` tokens, going on from a copy of the longest that is shorter."""
+        source = max(range(slot), key=context.cells)
+        filled = min(context.cells(source), DEPTHS[source])
+        if filled:
+            context.truncate(source, filled)
+            context.copy(source, slot)
+        for start in range(filled, depth, CHUNKS[-1]):
+            count = min(CHUNKS[-1], depth - start)
+            positions = list(range(start, start + count))
+            _decode(context, self._tokens(count), positions, [slot] * count, [0] * count)
 
     def _tokens(self, count: int) -> list[int]:
         return [index * _STRIDE % self.model.vocab_size for index in range(count)]

@@ -14,6 +14,7 @@ from lichen.cli import (
     doctor,
     evaluate,
     feedback,
+    fingerprint,
     fleet,
     inspect,
     keys,
@@ -34,7 +35,21 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (answer, serve, models, quantize, evaluate, keys, feedback, learn, fleet, inspect, doctor, top):
+for group in (
+    answer,
+    serve,
+    models,
+    quantize,
+    evaluate,
+    fingerprint,
+    keys,
+    feedback,
+    learn,
+    fleet,
+    inspect,
+    doctor,
+    top,
+):
     group.register(app)
 
 
