@@ -206,13 +206,13 @@ class Model:
             piece = self._pieces[token] = self._read_piece(token, special=False)
         return piece
 
-    def reveal(self, text: str) -> bool:
-        """Let a marker show in answers if it is one token of this vocabulary; whether it is one."""
+    def reveal(self, text: str) -> int | None:
+        """Let a marker show in answers if it is one token of this vocabulary; that token."""
         tokens = self.tokenize(text, special=True, add_bos=False)
         if len(tokens) != 1 or not self.is_marker(tokens[0]):
-            return False
+            return None
         self._pieces[tokens[0]] = text.encode()
-        return True
+        return tokens[0]
 
     def marked_piece(self, token: int) -> bytes:
         """Bytes of one token as text, control tokens as they are written in a template."""
