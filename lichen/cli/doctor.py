@@ -40,7 +40,7 @@ def register(app: typer.Typer) -> None:
 
 
 def doctor(context: typer.Context, disk: MeasureDisk = False, as_json: AsJson = False) -> None:
-    """Say what this machine is, what that means for models, and what is wrong with it.
+    """Check this machine: what it is, what that means for models, what to do.
 
     The exit code is 1 when something keeps lichen from running.
     """

@@ -48,7 +48,10 @@ def fingerprint(
     again: Again = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure how fast a model is here, on a few of its layers. Ctrl-C keeps what was measured so far."""
+    """Measure how fast a model is here, on a few layers.
+
+    It takes some seconds a layout, and is kept. Ctrl-C keeps what was measured so far.
+    """
     path, home = model_path(context, model), config_of(context).home
     names = layout_names(layouts)
     digest = digest_of(path)
