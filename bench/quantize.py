@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -40,6 +40,9 @@ from lichen.quant.importance import Importance
 from lichen.quant.ledger import Ledger, digest
 from lichen.quant.quantize import quantize_file, read_rows
 from lichen.runtime.scoring import NativeScorer, stretches
+
+if TYPE_CHECKING:
+    from lichen.models.mixture import Mixer
 
 WINDOW, MEASURED_WINDOW = 512, 128
 
@@ -158,7 +161,7 @@ class Run:
             weights = sum(math.prod(tensor.shape) for tensor in file.tensors.values())
             importance = self._timed("importance", lambda: self._importance(file))
             files = self._timed("llama.cpp", lambda: self._peers(importance))
-            ours, check = self._mixtures(file, importance, {name: path for (name, _), path in files.items()})
+            ours, check = self._mixtures(file, importance, _budgets(files))
         scores = self._timed("scores", lambda: self._scores({**files, **ours}))
         close_certificate(birth)
         names = (
@@ -220,7 +223,7 @@ class Run:
         return files
 
     def _mixtures(
-        self, file: GGUFFile, importance: Importance, peers: Mapping[str, Path]
+        self, file: GGUFFile, importance: Importance, budgets: Mapping[str, int]
     ) -> tuple[dict[tuple[str, str], Path], dict[str, Any]]:
         """lichen's files for the same bytes, and how well single tensors were rated."""
         from lichen.models.load import build_model
@@ -234,11 +237,10 @@ class Run:
         measure = Measure(build_model(file), parts)
         mixer = Mixer(file, measure, importance, span=self.options.span, ledger=ledger, tell=_tell)
         ratings: Mapping[str, Sequence[Option]] = self._timed("ratings", mixer.ratings)
-        check = self._timed("check of the ratings", lambda: _check(file, measure, importance, ratings))
+        check = self._timed("check of the ratings", lambda: _check(mixer, ratings))
         files: dict[tuple[str, str], Path] = {}
-        for name, peer in peers.items():
+        for name, budget in budgets.items():
             path = self.options.work / f"lichen-{name}.gguf"
-            budget = peer.stat().st_size
             mixture = self._timed(
                 f"choice {name}", partial(mixer.choose, budget, ratings, rounds=0 if files else ROUNDS)
             )
@@ -286,27 +288,31 @@ class Run:
         return row
 
 
+def _budgets(peers: Mapping[tuple[str, str], Path]) -> dict[str, int]:
+    """Bytes of the smaller of llama.cpp's two files: with importance it may choose other types."""
+    sizes: dict[str, int] = {}
+    for (name, _), path in peers.items():
+        sizes[name] = min(path.stat().st_size, sizes.get(name, path.stat().st_size))
+    return sizes
+
+
 def _tell(what: str, done: int, of: int) -> None:
     if done % 10 == 0:
         print(f"  {what} {done} of {of}", file=sys.stderr, flush=True)
 
 
-def _check(
-    file: GGUFFile, measure: Any, importance: Importance, ratings: Mapping[str, Sequence[Option]]
-) -> dict[str, Any]:
+def _check(mixer: Mixer, ratings: Mapping[str, Sequence[Option]]) -> dict[str, Any]:
     """Ratings of tensors and types drawn by chance beside their measured KL."""
-    from lichen.quant.quantize import requantized
-
     source = np.random.default_rng(2)
     names = sorted(ratings)
-    pairs = []
+    pairs: list[dict[str, Any]] = []
     for _ in range(16):
         name = names[source.integers(len(names))]
         options = [option for option in ratings[name] if option.cost > 1e-6]  # above rounding
         if not options:
             continue
         option = options[source.integers(len(options))]
-        found = measure.divergence({name: requantized(file.tensors[name], option.type, importance)})
+        found = mixer.measured({name: option.type})
         pairs.append({"tensor": name, "type": option.type.name, "rated": option.cost, "measured": found})
     logs = np.log([[pair["rated"], max(pair["measured"], 1e-8)] for pair in pairs])
     return {

@@ -60,21 +60,22 @@ class KVCost(msgspec.Struct, frozen=True, kw_only=True):
     """What the KV cache of one type costs.
 
     cell_bytes: bytes of one token in one sequence. read: seconds that one token of a batch adds for each cell
-    that it attends to.
+    that it attends to, by threads; those before it in its own batch count, and so does the token itself.
     """
 
     type: str
     cell_bytes: int
-    read: float
+    read: Curve
 
 
 class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):
     """One layout of one model on one class of machines.
 
-    hardware: the class (`devices/hardware.py`). model: sha256 of the file that was asked for. layout: "source",
-    or the ggml type that it was requantized to. library: version of llama.cpp's binding. compute: bytes of
-    llama.cpp's buffers by tokens of a batch. fixed_bytes: of a process that has loaded it, besides weights, KV
-    cache and those buffers. bandwidth: bytes of weights read in a second at batches of one token.
+    hardware: the class (`devices/hardware.py`). model: sha256 of the file that was asked for. layout:
+    "source", or the ggml type that it was requantized to. library: version of llama.cpp's binding. compute:
+    bytes of llama.cpp's buffers by tokens of a batch. weight_bytes: with second copies that llama.cpp makes.
+    fixed_bytes: that loading it adds to a process besides weights, KV cache and buffers (vocabulary, graph).
+    bandwidth: bytes of weights read in a second at batches of one token.
     """
 
     version: int = VERSION
@@ -95,9 +96,8 @@ class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):
     ) -> float:
         """Of one batch: its tokens, rows of logits, and cells attended to, summed over the tokens."""
         curve = self.curve(threads)
-        return (
-            curve.batch.at(tokens) + max(0, rows - 1) * curve.output_row + attended * self.cache(kv_type).read
-        )
+        reading = attended * self.cache(kv_type).read.at(threads)
+        return curve.batch.at(tokens) + max(0, rows - 1) * curve.output_row + reading
 
     def curve(self, threads: int) -> ThreadCurve:
         """The curve of the nearest number of threads that was measured, not above it where there is one."""

@@ -27,7 +27,7 @@ from lichen.quant.choice import bits, fits, is_matrix, kept_type, stored_bytes
 from lichen.quant.formats import BLOCKS, GGMLType
 from lichen.quant.gguf import GGUFFile, GGUFTensor
 from lichen.quant.importance import Importance
-from lichen.quant.ledger import Ledger
+from lichen.quant.ledger import Ledger, digest
 from lichen.quant.quantize import HEADER_ROOM, header_bytes, read_rows, requantized
 
 KINDS = (
@@ -38,6 +38,7 @@ KINDS = (
 ANCHOR = GGMLType.Q4_0  # its blocks fit nearly every row, and its error is well above rounding
 SAMPLE = 1 << 16  # weights of a tensor whose quantization error is looked at
 ROUNDS = 2  # of correction
+LONG_KEY = 400  # characters of a key of the ledger; longer ones are hashed
 FACTORS = (0.25, 4.0)  # a share is never corrected by more
 
 Tell: TypeAlias = Callable[[str, int, int], None]
@@ -130,7 +131,8 @@ class Mixer:
     def _rated(self, group: Sequence[GGUFTensor]) -> dict[str, list[Option]]:
         anchors = {tensor.name: ANCHOR if fits(tensor, ANCHOR) else GGMLType.F16 for tensor in group}
         whole = sum(self._error(tensor, anchors[tensor.name]) for tensor in group)
-        kl = self._anchored(group, anchors)
+        kl = self.measured(anchors)
+        self._cache.clear()  # the next measurement is of other tensors
         scale = kl / whole if whole > 0 else 0.0
         return {
             tensor.name: [
@@ -140,17 +142,19 @@ class Mixer:
             for tensor in group
         }
 
-    def _anchored(self, group: Sequence[GGUFTensor], anchors: Mapping[str, GGMLType]) -> float:
-        """The measured KL of tensors as those types; 0 of those that no layer multiplies with."""
-        used = [tensor for tensor in group if tensor.name in self._measure.measurable()]
+    def measured(self, types: Mapping[str, GGMLType]) -> float:
+        """The KL of the model with these tensors as those types, from the ledger where it is there.
+
+        Tensors that no layer multiplies with change nothing.
+        """
+        used = {name: kind for name, kind in types.items() if name in self._measure.measurable()}
         if not used:
             return 0.0
-        key = "kl " + " ".join(f"{tensor.name}:{anchors[tensor.name].name}" for tensor in used)
+        words = " ".join(f"{name}:{kind.name}" for name, kind in used.items())
+        key = f"kl {words if len(words) < LONG_KEY else digest(words)}"
         kl = self._ledger.get(key)
         if kl is None:
-            kl = self._measure.divergence(
-                {tensor.name: requantized(tensor, anchors[tensor.name], self._importance) for tensor in used}
-            )
+            kl = self._measure.divergence({name: self._stored(name, kind) for name, kind in used.items()})
             self._ledger.put(key, kl)
         return kl
 
@@ -174,13 +178,7 @@ class Mixer:
     def _kl(self, chosen: Mapping[str, Option], without: Iterable[str] = ()) -> float:
         """The KL of a choice; the tensors of `without` stay as they are."""
         left_out = frozenset(without)
-        return self._measure.divergence(
-            {
-                name: self._stored(name, option.type)
-                for name, option in chosen.items()
-                if name in self._measure.measurable() and name not in left_out
-            }
-        )
+        return self.measured({name: option.type for name, option in chosen.items() if name not in left_out})
 
     def _corrected(
         self, ratings: Mapping[str, Sequence[Option]], chosen: Mapping[str, Option], whole: float

@@ -8,13 +8,12 @@ the limit on tokens cuts before its name is complete is left out.
 from __future__ import annotations
 
 import json
-import secrets
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
 from lichen.runtime.text import overlap
-from lichen.runtime.tools import ToolFormat
+from lichen.runtime.tools import LIST_BEGIN, LIST_BETWEEN, LIST_END, ToolFormat
 
 THINK_BEGIN, THINK_END = "<think>", "</think>"
 
@@ -76,6 +75,7 @@ class AnswerReader:
         self._only_calls = only_calls
         self._state: _State = "thinking" if thinking == "open" else "before" if thinking else "text"
         self._held = ""
+        self._skipped = ""  # what stood before the head of a call, should it be none
         self._calls = 0
         self._depth = _JSONDepth()
 
@@ -101,7 +101,7 @@ class AnswerReader:
         if self._state in ("arguments", "gap") or self._is_cut_call(held, cut=cut):
             return []
         if self._state == "head" and self._tools is not None:
-            held = self._tools.marker + held  # a call that never was one
+            held = self._skipped + held  # a call that never was one
         if not held:
             return []
         return [Thought(held) if self._state == "thinking" else Said(held)]
@@ -113,7 +113,7 @@ class AnswerReader:
         if self._only_calls:
             return True
         heads = (self._tools.head(name) for name in self._names)
-        return cut and self._state == "head" and any(head.startswith(held) for head in heads)
+        return cut and self._state == "head" and any(head.startswith(held.lstrip(" ")) for head in heads)
 
     def _step(self, parts: list[Part]) -> bool:
         """One transition; False when more text is needed."""
@@ -150,6 +150,7 @@ class AnswerReader:
         at = self._held.find(marker) if marker else -1
         if at >= 0:
             shown, self._held, self._state = self._held[:at], self._held[at + len(marker) :], then
+            self._skipped = marker
         else:
             keep = overlap(self._held, marker)
             cut = len(self._held) - keep
@@ -161,6 +162,15 @@ class AnswerReader:
     def _head(self, parts: list[Part]) -> bool:
         form = self._tools
         assert form is not None, "only a format leads here"
+        if form.listed and self._skipped == form.marker:
+            opened = self._held.lstrip(" ")
+            if not opened:
+                return False
+            if not opened.startswith(LIST_BEGIN):
+                return self._no_call(parts)
+            at = len(self._held) - len(opened) + len(LIST_BEGIN)
+            self._skipped += self._held[:at]
+            self._held = self._held[at:]
         if not self._held.startswith(form.before_name[: len(self._held)]):
             return self._no_call(parts)
         end = self._held.find(form.before_arguments, len(form.before_name))
@@ -171,14 +181,14 @@ class AnswerReader:
         except ValueError:
             return self._no_call(parts)
         self._held = self._held[end + len(form.before_arguments) :]
-        parts.append(CallBegins(self._calls, f"call_{secrets.token_hex(12)}", name))
+        parts.append(CallBegins(self._calls, form.new_id(), name))
         self._calls += 1
         self._state, self._depth = "arguments", _JSONDepth()
         return True
 
     def _no_call(self, parts: list[Part]) -> bool:
         assert self._tools is not None, "only a format leads here"
-        parts.append(Said(self._tools.marker))
+        parts.append(Said(self._skipped))
         self._state = "text"
         return True
 
@@ -194,7 +204,14 @@ class AnswerReader:
         tail = self._tools.tail
         if len(self._held) < len(tail) and tail.startswith(self._held):
             return False
-        self._held = self._held.removeprefix(tail)
+        rest = self._held.removeprefix(tail)
+        if self._tools.listed and len(rest) < len(LIST_BETWEEN) and LIST_BETWEEN.startswith(rest):
+            return False
+        if self._tools.listed and rest.startswith(LIST_BETWEEN):
+            self._held = rest.removeprefix(LIST_BETWEEN)
+            self._state, self._skipped = "head", ""
+            return True
+        self._held = rest.removeprefix(LIST_END) if self._tools.listed else rest
         self._state = "gap"
         return True
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
-from lichen.runtime.answer import THINK_BEGIN, THINK_END, Thinking
+from lichen.runtime.answer import Thinking
 from lichen.runtime.grammar import json_grammar, tool_grammar, whole_grammar
 from lichen.runtime.tools import Tool, ToolFormat
 
@@ -44,24 +44,22 @@ class AnswerForm(msgspec.Struct, frozen=True, kw_only=True):
         """The request's field that the grammar comes from."""
         return "tools" if self.offered else "response_format"
 
-    def grammar(self, form: ToolFormat, thinking: Thinking, *, marks: Set[str]) -> str | None:
-        """The whole grammar, or None where anything may be said. marks: markers that are one token."""
+    def grammar(self, form: ToolFormat, thinking: Thinking, *, marks: Mapping[str, int]) -> str | None:
+        """The whole grammar, or None where anything may be said.
+
+        marks: the markers that are one token of the vocabulary.
+        """
         if self.offered:
             answer = tool_grammar(
                 self.offered,
                 form,
                 required=self.only_calls,
                 parallel=self.parallel and not self.named,
-                marker_is_token=form.marker in marks,
+                marks=marks,
                 otherwise=self.schema,
             )
         elif self.schema is not None:
             answer = json_grammar(self.schema, lenient=self.lenient)
         else:
             return None
-        return whole_grammar(
-            answer,
-            thinking=thinking,
-            begin_is_token=THINK_BEGIN in marks,
-            end_is_token=THINK_END in marks,
-        )
+        return whole_grammar(answer, thinking=thinking, marks=marks)

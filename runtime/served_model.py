@@ -98,8 +98,9 @@ class ServedModel:
         )
         self.names = frozenset({name, "default"})
         self._grammars = Grammars(model)
-        markers = (self._tools.marker, THINK_BEGIN, THINK_END)
-        self._marks = frozenset(marker for marker in markers if model.reveal(marker))
+        markers = (self._tools.marker, self._tools.before_arguments, THINK_BEGIN, THINK_END)
+        tokens = {marker: model.reveal(marker) for marker in markers}
+        self._marks = {marker: token for marker, token in tokens.items() if token is not None}
         self.embedder = Embedder(model, engine, threads=options.threads)
         self._preparing = ThreadPoolExecutor(max_workers=2, thread_name_prefix="lichen-prepare")
 
@@ -182,7 +183,7 @@ class ServedModel:
         """Continue a text, or token ids, as they are. schema: the continuation is JSON that it allows."""
         constraints: list[Constraint | None] = [None] * count
         if schema is not None:
-            grammar = whole_grammar(json_grammar(schema))
+            grammar = whole_grammar(json_grammar(schema), marks=self._marks)
             constraints = await self._prepare(
                 lambda: [self._grammars.constraint(grammar, param="response_format") for _ in range(count)]
             )

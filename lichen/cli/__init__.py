@@ -11,8 +11,10 @@ import typer
 import lichen
 from lichen.cli import (
     answer,
+    doctor,
     evaluate,
     feedback,
+    fingerprint,
     fleet,
     inspect,
     keys,
@@ -33,7 +35,21 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (answer, serve, models, quantize, evaluate, keys, feedback, learn, fleet, inspect, top):
+for group in (
+    answer,
+    serve,
+    models,
+    quantize,
+    evaluate,
+    fingerprint,
+    keys,
+    feedback,
+    learn,
+    fleet,
+    inspect,
+    doctor,
+    top,
+):
     group.register(app)
 
 

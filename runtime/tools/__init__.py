@@ -10,11 +10,17 @@ import functools
 import importlib
 import json
 import pkgutil
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 DEFAULT = "hermes"
+LIST_BEGIN, LIST_BETWEEN, LIST_END = "[", ", ", "]"
+
+
+def _new_id() -> str:
+    return f"call_{secrets.token_hex(12)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +42,18 @@ class Tool:
 class ToolFormat:
     """How a call is written: `marker`, `before_name`, NAME, `before_arguments`, JSON, `tail`.
 
-    matches: whether a chat template (its source) teaches this format.
+    listed: calls share one marker and stand in brackets, parted by commas; otherwise each has its marker.
+    matches: whether a chat template (its source) teaches this format. new_id: makes the id of a call, in a
+    form that the template takes back.
     """
 
     marker: str
     before_name: str
     before_arguments: str
     tail: str
+    listed: bool = False
     matches: Callable[[str], bool]
+    new_id: Callable[[], str] = _new_id
 
     def head(self, name: str) -> str:
         """What stands between the marker and the arguments."""
@@ -51,7 +61,8 @@ class ToolFormat:
 
     def written(self, name: str, arguments: str) -> str:
         """A whole call, as the model would have written it."""
-        return f"{self.marker}{self.head(name)}{arguments}{self.tail}"
+        call = f"{self.head(name)}{arguments}{self.tail}"
+        return f"{self.marker}{LIST_BEGIN}{call}{LIST_END}" if self.listed else f"{self.marker}{call}"
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from lichen.runtime.answer import AnswerReader, CallArguments, CallBegins, Part,
 from lichen.runtime.tools import ToolFormat, formats
 
 HERMES, LLAMA = formats()["hermes"], formats()["llama3"]
+MISTRAL, MISTRAL_ARGS = formats()["mistral"], formats()["mistral_args"]
 
 
 def read(
@@ -52,7 +53,7 @@ ARGUMENTS = st.dictionaries(st.text(max_size=6), st.text(max_size=20) | st.integ
 @given(
     st.lists(st.tuples(NAMES, ARGUMENTS), max_size=3),
     st.lists(st.integers(0, 500), max_size=12),
-    st.sampled_from([HERMES, LLAMA]),
+    st.sampled_from([HERMES, LLAMA, MISTRAL, MISTRAL_ARGS]),
 )
 def test_calls_come_out_as_they_went_in_wherever_the_text_is_cut(
     calls: list[tuple[str, dict[str, object]]], cuts: list[int], form: ToolFormat
@@ -61,6 +62,26 @@ def test_calls_come_out_as_they_went_in_wherever_the_text_is_cut(
     said, thought, found = read(text, cuts, form, None)
     assert (said, thought) == ("Let me see.", "")
     assert [(name, json.loads(arguments)) for name, arguments in found] == calls
+
+
+@given(
+    st.lists(st.tuples(NAMES, ARGUMENTS), min_size=1, max_size=3),
+    st.lists(st.integers(0, 500), max_size=12),
+    st.sampled_from(["[", " ["]),
+)
+def test_calls_of_one_list_come_out_as_they_went_in(
+    calls: list[tuple[str, dict[str, object]]], cuts: list[int], opened: str
+) -> None:
+    items = [json.dumps({"name": name, "arguments": arguments}) for name, arguments in calls]
+    said, _, found = read(f"Well.{MISTRAL.marker}{opened}{', '.join(items)}]", cuts, MISTRAL, None)
+    assert said == "Well."
+    assert [(name, json.loads(arguments)) for name, arguments in found] == calls
+
+
+@pytest.mark.parametrize("form", [MISTRAL, MISTRAL_ARGS])
+def test_mistrals_templates_take_the_ids_back(form: ToolFormat) -> None:
+    assert len(form.new_id()) == 9
+    assert form.new_id().isalnum()
 
 
 @given(st.lists(st.integers(0, 60), max_size=8))
@@ -84,11 +105,15 @@ def test_what_only_looks_like_a_call_stays_text(text: str) -> None:
     assert (said, calls) == (text, [])
 
 
-@given(st.data(), st.sampled_from([HERMES, LLAMA]), st.lists(st.integers(0, 60), max_size=4))
+@given(
+    st.data(),
+    st.sampled_from([HERMES, LLAMA, MISTRAL, MISTRAL_ARGS]),
+    st.lists(st.integers(0, 60), max_size=4),
+)
 def test_a_call_cut_before_its_name_is_complete_is_dropped(
     data: st.DataObject, form: ToolFormat, cuts: list[int]
 ) -> None:
-    head = form.marker + form.head("weather")
+    head = form.written("weather", "").removesuffix(form.tail + "]" if form.listed else form.tail)
     begun = head[: data.draw(st.integers(len(form.marker), len(head) - 1))]
     before = "Let me see."
     assert read(before + begun, cuts, form, None, cut=True, names=("now", "weather"))[::2] == (before, [])
@@ -107,6 +132,8 @@ def test_a_call_cut_before_its_name_is_complete_is_dropped(
         ('<tool_call>\n{"name": "x', HERMES),  # no tool is called so
         ("<tool_call> is a tag", HERMES),
         ('{"name": "Ada Lovelace", "born', LLAMA),  # an answer in JSON
+        ("[TOOL_CALLS] are", MISTRAL),
+        ('[TOOL_CALLS] [{"title', MISTRAL),
     ],
 )
 def test_what_only_looks_like_a_call_stays_text_when_the_answer_is_cut(text: str, form: ToolFormat) -> None:

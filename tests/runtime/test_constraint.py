@@ -14,7 +14,7 @@ from lichen.runtime.answer import Thinking
 from lichen.runtime.answer_form import AnswerForm
 from lichen.runtime.constraint import Grammars
 from lichen.runtime.native import Model
-from lichen.runtime.tools import Tool, format_of, formats
+from lichen.runtime.tools import Tool, ToolFormat, format_of, formats
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -24,6 +24,8 @@ SCHEMA: dict[str, Any] = {
 }
 PICK, DROP = Tool("pick", "Pick.", SCHEMA), Tool("drop", "Drop.", SCHEMA)
 HERMES, LLAMA = formats()["hermes"], formats()["llama3"]
+MISTRAL, MISTRAL_ARGS = formats()["mistral"], formats()["mistral_args"]
+TWO_LISTED = '[TOOL_CALLS][{"name": "pick", "arguments": {"n": 7}}, {"name": "drop", "arguments": {"n": 8}}]'
 CALL = HERMES.written("pick", '{"n": 7}')
 DROPPED = HERMES.written("drop", '{"n": 7}')
 
@@ -40,9 +42,16 @@ def grammars(model: Model) -> Grammars:
     return Grammars(model)
 
 
-def accepts(model: Model, grammars: Grammars, form: AnswerForm, text: str, thinking: Thinking = None) -> bool:
+def accepts(
+    model: Model,
+    grammars: Grammars,
+    form: AnswerForm,
+    text: str,
+    thinking: Thinking = None,
+    tools: ToolFormat = HERMES,
+) -> bool:
     """Whether the whole text, and an end behind it, is allowed."""
-    written = form.grammar(HERMES, thinking, marks=frozenset())
+    written = form.grammar(tools, thinking, marks={})
     assert written is not None
     constraint = grammars.constraint(written, param="x")
     for token in model.tokenize(text, special=False, add_bos=False):
@@ -112,19 +121,59 @@ def test_tools_by_choice(
     assert accepts(model, grammars, AnswerForm(tools=(PICK, DROP), **options), text) == allowed
 
 
+@pytest.mark.parametrize(
+    ("options", "text", "allowed"),
+    [
+        ({}, "Hello [there].", True),
+        ({}, MISTRAL.written("pick", '{"n": 7}'), True),
+        ({}, MISTRAL.written("pick", '{"n": 0}'), False),
+        ({}, '[TOOL_CALLS] [{"name": "pick", "arguments": {"n": 7}}]', True),
+        ({}, f"Wait.{TWO_LISTED}", True),
+        ({"parallel": False}, TWO_LISTED, False),
+        ({"tool_choice": "required"}, TWO_LISTED, True),
+        ({"tool_choice": "required"}, TWO_LISTED[:-1], False),
+        ({"tool_choice": "required", "parallel": False}, MISTRAL.written("drop", '{"n": 7}'), True),
+        ({"schema": SCHEMA}, MISTRAL.written("drop", '{"n": 7}'), True),
+        ({"schema": SCHEMA}, "Hello.", False),
+    ],
+)
+def test_calls_in_a_list(
+    model: Model, grammars: Grammars, options: dict[str, Any], text: str, allowed: bool
+) -> None:
+    assert accepts(model, grammars, AnswerForm(tools=(PICK, DROP), **options), text, tools=MISTRAL) == allowed
+
+
+def test_a_name_and_its_arguments(model: Model, grammars: Grammars) -> None:
+    form = AnswerForm(tools=(PICK, DROP), tool_choice="required")
+    call = MISTRAL_ARGS.written("pick", '{"n": 7}')
+    assert accepts(model, grammars, form, call + call, tools=MISTRAL_ARGS)
+    assert not accepts(model, grammars, form, call[:-1], tools=MISTRAL_ARGS)
+
+
+def test_a_marker_that_is_one_token_is_asked_for_as_one(model: Model, grammars: Grammars) -> None:
+    form = AnswerForm(tools=(PICK,), tool_choice="required")
+    written = form.grammar(MISTRAL, None, marks={MISTRAL.marker: model.eos})
+    assert written is not None
+    logits = np.zeros(model.vocab_size, dtype=np.float32)
+    grammars.constraint(written, param="x").mask(logits)
+    assert np.flatnonzero(np.isfinite(logits)).tolist() == [model.eos]
+
+
 def test_none_binds_nothing() -> None:
-    assert AnswerForm(tools=(PICK,), tool_choice="none").grammar(HERMES, None, marks=frozenset()) is None
-    assert AnswerForm().grammar(HERMES, "open", marks=frozenset()) is None
+    assert AnswerForm(tools=(PICK,), tool_choice="none").grammar(HERMES, None, marks={}) is None
+    assert AnswerForm().grammar(HERMES, "open", marks={}) is None
 
 
 def test_a_format_is_found_by_its_marker() -> None:
     assert format_of("{% if tools %}<tool_call>{% endif %}") is HERMES
     assert format_of("<|python_tag|>") is LLAMA
+    assert format_of("{{ '[TOOL_CALLS] [' }}") is MISTRAL
+    assert format_of("{{ '[TOOL_CALLS]' + name + '[ARGS]' }}") is MISTRAL_ARGS
     assert format_of("{{ messages }}") is None
 
 
 def test_a_compiled_grammar_is_used_again_and_a_bad_one_is_named(grammars: Grammars) -> None:
-    written = AnswerForm(schema={"type": "boolean"}).grammar(HERMES, None, marks=frozenset())
+    written = AnswerForm(schema={"type": "boolean"}).grammar(HERMES, None, marks={})
     assert written is not None
     one, two = (grammars.constraint(written, param="x") for _ in range(2))
     assert one is not two
