@@ -189,7 +189,7 @@ class _Cut:
         return _Work(context, {0: 0}, list(range(count)), [0] * count, [0] * (count - 1) + [1])
 
     def _depth(self, task: Task) -> _Work:
-        """One token behind as many as the slot of that depth holds."""
+        """Tokens of a sequence behind as many as the slot of that depth holds."""
         name, slot = f"depth {task.kv}", DEPTHS.index(task.depth)
         context = self._contexts.get(name)
         if context is None:
@@ -199,7 +199,9 @@ class _Cut:
         if context.cells(slot) < task.depth:
             context.set_threads(task.threads)
             self._fill(context, slot, task.depth)
-        return _Work(context, {slot: task.depth}, [task.depth], [slot], [1])
+        count = task.tokens
+        positions = list(range(task.depth, task.depth + count))
+        return _Work(context, {slot: task.depth}, positions, [slot] * count, [0] * (count - 1) + [1])
 
     def _fill(self, context: native.Context, slot: int, depth: int) -> None:
         """Make a slot hold `depth` tokens, going on from a copy of the longest that is shorter."""

@@ -57,7 +57,7 @@ class KnownBench:
         self.taken.append(task)
         layers = SHAPE.layers[:1] if task.kind == "depth" else SHAPE.layers
         slower = 1 + self.noise * (len(self.taken) * 37 % 10) / 10
-        return tuple(cost(task, count) * (1 if task.exact else slower) for count in layers)
+        return tuple(cost(task, count) * (1 if task.samples(2) == 1 else slower) for count in layers)
 
 
 def cost(task: Task, layers: int) -> float:
@@ -72,7 +72,8 @@ def cost(task: Task, layers: int) -> float:
         case "cells":
             return 7.0 * layers
     rows = task.tokens if task.kind == "decode" else 1
-    attended = task.tokens * (task.tokens + 1) / 2 if task.kind == "chunk" else task.depth
+    own = task.tokens * (task.tokens + 1) / 2 if task.kind in ("chunk", "depth") else 0
+    attended = own + task.tokens * task.depth
     reading = attended * CELL_S * (0.5 if task.kv == "q8_0" else 1) * layers
     return (TOKEN_S + LAYER_TOKEN_S * layers * task.tokens + (rows - 1) * ROW_S + reading) / task.threads
 
@@ -100,8 +101,8 @@ def test_known_costs_come_back(noise: float) -> None:
         assert found.seconds(16, threads=threads, rows=16) == pytest.approx(wide, rel=near)
     if noise:
         return
-    deep = cost(Task(kind="depth", depth=3000, kv="q8_0"), 30)
-    assert found.seconds(1, threads=1, attended=3000, kv_type="q8_0") == pytest.approx(deep)
+    deep = cost(Task(kind="decode", tokens=8, depth=3000, kv="q8_0"), 30)
+    assert found.seconds(8, threads=1, rows=8, attended=8 * 3000, kv_type="q8_0") == pytest.approx(deep)
     assert found.cache("f16").cell_bytes == 210
     assert found.load_seconds == pytest.approx(0.35)
     assert (found.weight_bytes, found.fixed_bytes) == (8000, 3000)
@@ -145,7 +146,7 @@ def test_rounds_alternate_and_sizes_are_taken_once() -> None:
     record, bench = Record(key=KEY, shape=SHAPE), KnownBench()
     assert measured(bench, record, rounds=3)
     assert bench.taken[: len(WANTED)] == WANTED
-    assert all(record.count(task) == (1 if task.exact else 3) for task in WANTED)
+    assert all(record.count(task) == task.samples(3) for task in WANTED)
     assert not missing(record, WANTED, 3)
 
 
