@@ -255,7 +255,7 @@ def test_a_bad_file_is_dropped_and_made_again(
     assert cache.find(KEY) == record
 
 
-@settings(max_examples=60)
+@settings(max_examples=40, deadline=None)
 @given(st.binary(max_size=200), st.integers(0, 4000))
 def test_whatever_a_file_holds_nothing_is_raised(
     tmp_path_factory: pytest.TempPathFactory, noise: bytes, place: int
