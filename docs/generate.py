@@ -25,6 +25,7 @@ COMMANDS = (
     "rm",
     "quantize",
     "eval",
+    "fingerprint",
     "keys",
     "keys create",
     "keys list",

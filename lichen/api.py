@@ -340,7 +340,7 @@ def model_options(config: Config) -> ModelOptions:
     if not threads:
         from lichen.devices.probe import probe
 
-        threads = probe().physical_cores
+        threads = probe().threads
     return ModelOptions(
         context=config.context,
         slots=config.slots,

@@ -14,6 +14,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
+import re
 import sys
 import threading
 import types
@@ -35,6 +36,8 @@ _POOLING = {"1": "mean", "2": "first", "3": "last"}
 _ATTRIBUTE_CONTROL = 1 << 3  # llama.h, enum llama_token_attr
 _ATTRIBUTE_USER_DEFINED = 1 << 4
 _LOG_LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}  # ggml.h
+KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8}  # ggml.h, enum ggml_type: what keys and values can be
+_BUFFER = re.compile(r"(compute|KV|RS|output) buffer size = +([0-9.]{1,12}) MiB")
 _library: Any = None
 _library_lock = threading.Lock()
 
@@ -82,6 +85,7 @@ def _library_with_log() -> Any:
 
 
 _log_callback: Any = None  # referenced for ever: the library keeps the pointer
+_told = threading.local()  # buffers: bytes by kind that the context being made on this thread tells of
 
 
 class _NativeLog:
@@ -97,8 +101,16 @@ class _NativeLog:
         if self._parts[-1].endswith("\n") or len(self._parts) > 256:
             line = "".join(self._parts).strip()
             self._parts.clear()
+            if found := _BUFFER.search(line):
+                told: dict[str, int] = getattr(_told, "buffers", {})
+                told[found[1]] = told.get(found[1], 0) + int(float(found[2]) * (1 << 20))
             if line:
                 log.log(self._level, "%s", line)
+
+
+def gpu_offload() -> bool:
+    """Whether the native library can compute on a GPU of this machine."""
+    return bool(_library_with_log().llama_supports_gpu_offload())
 
 
 def version() -> str:
@@ -271,13 +283,14 @@ def _adapt(lib: Any, context: Any, adapter: Adapter | None, scale: float) -> Non
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContextSize:
     """How much a context holds: `slots` sequences of `context` tokens each, `batch` tokens a decode, of
-    which `outputs` may have logits (0: one a slot)."""
+    which `outputs` may have logits (0: one a slot). kv: how keys and values are stored, of `KV_TYPES`."""
 
     context: int
     slots: int
     threads: int
     batch: int = 512
     outputs: int = 0
+    kv: str = "f16"
 
 
 class Context:
@@ -295,9 +308,13 @@ class Context:
         self.outputs = params.n_outputs_max = max(size.slots, size.outputs)
         params.n_threads = params.n_threads_batch = size.threads
         params.flash_attn_type = _FLASH_ATTENTION_ENABLED
+        params.type_k = params.type_v = KV_TYPES[size.kv]
         params.kv_unified = False
         params.no_perf = True
+        self.buffers: dict[str, int] = {}  # bytes by kind (KV, compute, output), as llama.cpp tells them
+        _told.buffers = self.buffers
         self._pointer = lib.llama_init_from_model(model._pointer, params)
+        _told.buffers = {}
         if not self._pointer:
             raise EngineError(
                 f"llama.cpp could not make a context of {size.slots} x {size.context} tokens.",
@@ -309,7 +326,7 @@ class Context:
         self.slots = size.slots
         self.batch = size.batch
         self.layout = f"streams, flash attention, {self.context} tokens"  # a saved state fits only this
-        self.kv_type = "f16"  # llama.cpp's default
+        self.kv_type = size.kv
         self.hidden = int(lib.llama_model_n_embd(model._pointer))
         self.wants_states = False  # hidden states too, in steps whose tokens all have logits
         self.has_states = False  # the last step gave them
@@ -373,6 +390,10 @@ class Context:
         code = int(self._lib.llama_decode(self._pointer, self._batch))
         self.copying = self.copying and code != DECODE_OK
         return code
+
+    def set_threads(self, threads: int) -> None:
+        """Compute with so many threads from the next decode on."""
+        self._lib.llama_set_n_threads(self._pointer, threads, threads)
 
     def truncate(self, slot: int, length: int) -> bool:
         """Keep the first `length` tokens of a slot. False: this model's memory cannot be cut there."""

@@ -13,8 +13,10 @@ from lichen.cli import (
     adapters,
     answer,
     distil,
+    doctor,
     evaluate,
     feedback,
+    fingerprint,
     fleet,
     inspect,
     keys,
@@ -41,6 +43,7 @@ for group in (
     models,
     quantize,
     evaluate,
+    fingerprint,
     keys,
     feedback,
     learn,
@@ -48,6 +51,7 @@ for group in (
     adapters,
     fleet,
     inspect,
+    doctor,
     top,
 ):
     group.register(app)
