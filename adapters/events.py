@@ -12,6 +12,8 @@ from typing import TypeAlias
 
 import msgspec
 
+from lichen.adapters.grading import Grade
+
 
 class Started(msgspec.Struct, frozen=True, tag="started", tag_field="event"):
     """step: where it goes on, 0 for a new training; steps: of the whole; parameters: numbers it trains."""
@@ -33,7 +35,8 @@ class Measured(msgspec.Struct, frozen=True, tag="measured", tag_field="event"):
 
 
 class Stepped(msgspec.Struct, frozen=True, tag="step", tag_field="event"):
-    """One step: tokens that went through the model a second, and the seconds that are left."""
+    """One step: tokens that went through the model a second, and the seconds that are left. kept: divergence
+    from the model as it was, on general answers, in nats a token; None where none are replayed."""
 
     step: int
     epoch: int
@@ -42,6 +45,16 @@ class Stepped(msgspec.Struct, frozen=True, tag="step", tag_field="event"):
     norm: float
     tokens_per_second: float
     left: float
+    kept: float | None = None
+
+
+class Compared(msgspec.Struct, frozen=True, tag="compared", tag_field="event"):
+    """Grades of a new draft head and of the one before it, on answers that neither learned from; better:
+    whether the new one is to be served."""
+
+    new: Grade
+    old: Grade | None
+    better: bool
 
 
 class Saved(msgspec.Struct, frozen=True, tag="saved", tag_field="event"):
@@ -70,7 +83,7 @@ class Finished(msgspec.Struct, frozen=True, tag="finished", tag_field="event"):
     memory: int
 
 
-Event: TypeAlias = Started | Measured | Stepped | Saved | Stopped | Failed | Finished
+Event: TypeAlias = Started | Measured | Stepped | Compared | Saved | Stopped | Failed | Finished
 
 
 class EventLog:

@@ -1,7 +1,8 @@
 """Hidden states below the first adapted block: computed once, kept in a file over all epochs.
 
-They depend on no adapter. The file has no name, so nothing is left of it when the process ends, however
-it ends; the system's page cache keeps in memory what there is room for.
+They depend on no adapter. What all sequences begin with (a system prompt, an instruction) goes through the
+model once for each row of sequences, also above: `Packed.shared`. The file has no name, so nothing is left
+of it when the process ends, however it ends; the system's page cache keeps in memory what there is room for.
 
 Invariant: the state of a sequence is the same to the bit whenever it is computed. Products over several
 sequences round by their company, so those that are kept are always computed in the same groups, and the
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -21,16 +23,28 @@ from torch import Tensor
 from lichen.models.decoder import Decoder
 from lichen.models.packing import Packed, pack
 
-GROUP_TOKENS = 512  # enough for products to be fast, little enough to be made for one sequence
+GROUP_TOKENS = 128  # enough for products to be fast; whoever needs one sequence of a group computes all of it
 
 
 class FrozenStates:
-    """Hidden state `first` of fixed sequences of tokens, by their number. limit: bytes of the file."""
+    """Hidden state `first` of fixed sequences of tokens, by their number.
+
+    shared: tokens that all of them begin with, and that each is longer than. limit: bytes of the file.
+    """
 
     def __init__(
-        self, model: Decoder, first: int, sequences: Sequence[Sequence[int]], *, limit: int, folder: Path
+        self,
+        model: Decoder,
+        first: int,
+        sequences: Sequence[Sequence[int]],
+        *,
+        limit: int,
+        folder: Path,
+        shared: int = 0,
     ) -> None:
-        self._model, self._first, self._sequences = model, first, sequences
+        self._model, self._first = model, first
+        self._front = list(sequences[0][:shared]) if shared else []
+        self._sequences = [sequence[shared:] for sequence in sequences]
         self._width = model.shape.width
         self._places: dict[int, int] = {}  # of what is kept: its first row in the file
         self._groups: dict[int, list[int]] = {}  # of what is kept: whom it is computed with
@@ -58,10 +72,18 @@ class FrozenStates:
         return rows
 
     def batch(self, numbers: Sequence[int]) -> tuple[Packed, Tensor]:
-        """Sequences one after the other, and their states, float32 [tokens, width]."""
-        return pack([self._sequences[number] for number in numbers]), torch.cat(
-            [self._state(number) for number in numbers]
-        )
+        """Sequences one after the other behind what they share, and their states, float32 [tokens, width]."""
+        packed = pack([self._sequences[number] for number in numbers], shared=self._front)
+        return packed, torch.cat([*self._front_states, *(self._state(number) for number in numbers)])
+
+    @cached_property
+    def _front_states(self) -> list[Tensor]:
+        """Of what all share; computed alone, and so the same whoever comes behind it."""
+        if not self._front:
+            return []
+        packed = pack([self._front])
+        with torch.no_grad():
+            return [self._model.run(self._model.embed(packed), packed, stop=self._first)]
 
     def _state(self, number: int) -> Tensor:
         if number not in self._places:
@@ -78,6 +100,6 @@ class FrozenStates:
         self._known.update(group)
 
     def _computed(self, numbers: list[int]) -> Tensor:
-        packed = pack([self._sequences[number] for number in numbers])
+        packed = pack([self._sequences[number] for number in numbers], shared=self._front)
         with torch.no_grad():
-            return self._model.run(self._model.embed(packed), packed, stop=self._first)
+            return self._model.run(self._model.embed(packed), packed, stop=self._first)[packed.shared :]

@@ -12,18 +12,20 @@ from pathlib import Path
 import filelock
 import msgspec
 
+from lichen.adapters.distil_task import DistilTask
 from lichen.adapters.events import Event, EventReader, Failed, Finished, Stopped
 from lichen.adapters.task import Examples, Task
 from lichen.errors import TrainingError
 
 TASK, EXAMPLES, EVENTS = "task.json", "examples.json", "events.jsonl"
-CHECKPOINT, LOCK, OUTPUT = "checkpoint.pt", "lock", "trainer.log"
+CHECKPOINT, RECALL, LOCK, OUTPUT = "checkpoint.pt", "recall.pt", "lock", "trainer.log"
 STOPPED = 3  # exit code of a training that was asked to end and can go on
 POLL_S = 0.1
+DISTIL = "lichen.adapters.distil"
 
 
-def prepare(folder: Path, task: Task, examples: Examples) -> None:
-    """Write what the trainer reads; only its owner can read it.
+def prepare(folder: Path, task: Task | DistilTask, examples: Examples | None = None) -> None:
+    """Write what the trainer reads; only its owner can read it. A distillation has no examples.
 
     Raises TrainingError when it cannot be written or a trainer is at work there.
     """
@@ -31,6 +33,8 @@ def prepare(folder: Path, task: Task, examples: Examples) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with filelock.FileLock(folder / LOCK, timeout=0):
             for name, content in ((EXAMPLES, examples), (TASK, task)):
+                if content is None:
+                    continue
                 partial = folder / f".{name}.partial"
                 partial.touch(mode=0o600)
                 partial.write_bytes(msgspec.json.encode(content))
@@ -44,15 +48,16 @@ def prepare(folder: Path, task: Task, examples: Examples) -> None:
 class Training:
     """A running trainer. Iterate for its events; `stop` asks it to keep a checkpoint and end."""
 
-    def __init__(self, folder: Path) -> None:
-        """Start it in a prepared folder. It is in a session of its own: Ctrl-C does not reach it."""
+    def __init__(self, folder: Path, module: str = "lichen.adapters.trainer") -> None:
+        """Start it in a prepared folder: LoRA's trainer, or DISTIL. It is in a session of its own, so that
+        Ctrl-C does not reach it."""
         self.folder = folder
         self._reader = EventReader(folder / EVENTS)
         self._last: Failed | Finished | Stopped | None = None
         self._asked = False
         with (folder / OUTPUT).open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "lichen.adapters.trainer", str(folder)],
+                [sys.executable, "-m", module, str(folder)],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

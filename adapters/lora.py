@@ -20,13 +20,19 @@ from lichen.quant.linear import QuantLinear
 
 
 class LoRALinear(nn.Module):
-    """A frozen layer plus scale B A x. a: float32 [rank, inputs], b: float32 [outputs, rank]."""
+    """A frozen layer plus scale B A x. a: float32 [rank, inputs], b: float32 [outputs, rank].
+
+    settled: what earlier lessons left, which is frozen too: a [rank, inputs] and b [outputs, rank] of its
+    own, whose scale is 1.
+    """
 
     def __init__(self, layer: QuantLinear, rank: int, scale: float, source: torch.Generator) -> None:
         """A is uniform within 1 / sqrt(inputs), as Hu et al.'s own code has it, and B is zero."""
         super().__init__()
         self.layer, self.rank, self.scale = layer, rank, scale
         self.enabled = True
+        self.settled: tuple[Tensor, Tensor] | None = None
+        self._taken: Tensor | None = None  # orthonormal [inputs, rank]: directions that settled reads
         bound = layer.in_features**-0.5
         self.a = nn.Parameter(torch.empty(rank, layer.in_features).uniform_(-bound, bound, generator=source))
         self.b = nn.Parameter(torch.zeros(layer.out_features, rank))
@@ -36,12 +42,44 @@ class LoRALinear(nn.Module):
         y: Tensor = self.layer(x)
         if not self.enabled:
             return y
+        if self.settled is not None:
+            y = y + functional.linear(functional.linear(x, self.settled[0]), self.settled[1])
+        if not self.rank:
+            return y
         narrow = functional.linear(x, self.a.to(x.dtype))  # [..., rank]
         return y + functional.linear(narrow * self.scale, self.b.to(x.dtype))
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """All that it adds, settled and trained, as one product: a [ranks, inputs] and b [outputs, ranks]."""
+        a, b = self.a.detach(), self.b.detach() * self.scale
+        if self.settled is None:
+            return a, b
+        return torch.cat([self.settled[0], a]), torch.cat([self.settled[1], b], dim=1)
+
+    def settle(self, a: Tensor, b: Tensor) -> None:
+        """Take a [rank, inputs] and b [outputs, rank] as what earlier lessons left."""
+        self.settled = a, b
+        self._taken = torch.linalg.qr(a.t()).Q if len(a) else None
+        self.step_aside()
+
+    def clear(self) -> None:
+        """Take out all that it adds, and train nothing any more."""
+        self.rank, self.settled, self._taken = 0, None, None
+        self.a = nn.Parameter(torch.zeros(0, self.layer.in_features), requires_grad=False)
+        self.b = nn.Parameter(torch.zeros(self.layer.out_features, 0), requires_grad=False)
+
+    def step_aside(self) -> None:
+        """Take out of A what reads the directions that settled reads: a new lesson leaves them alone.
+
+        O-LoRA's constraint (Wang et al., 2023, arXiv:2310.14152), exact instead of by a penalty.
+        """
+        if self._taken is not None:
+            self.a.data.sub_(self.a.data @ self._taken @ self._taken.t())
+
     def delta(self) -> Tensor:
         """What the adapter adds to the weights: float32 [outputs, inputs]."""
-        return (self.b.detach() @ self.a.detach()).mul_(self.scale)
+        a, b = self.factors()
+        return b @ a
 
     def merged(self) -> nn.Linear:
         """One ordinary layer that does the same, in float32."""

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from lichen.adapters.frozen import FrozenStates
 from lichen.adapters.lora import without_adapters
+from lichen.adapters.task import Example
 from lichen.models.decoder import Decoder
 from lichen.models.loss import LOGIT_BYTES, cross_entropy
 from lichen.models.packing import Packed
@@ -30,8 +31,8 @@ class Taught:
 
 
 def taught(packed: Packed, answers: Sequence[int]) -> Taught:
-    """answers: tokens at the end of each sequence that are the answer, fewer than it has."""
-    positions, whose, end = [], [], 0
+    """answers: tokens at the end of each sequence that are the answer, fewer than it has of its own."""
+    positions, whose, end = [], [], packed.shared
     for number, (length, answer) in enumerate(zip(packed.lengths, answers, strict=True)):
         end += length
         positions.append(torch.arange(end - answer - 1, end - 1))
@@ -146,3 +147,15 @@ def reference_log_probabilities(rows: Rows, tokens: int) -> Tensor:
             hidden, where = rows.run(part)
             out[part] = log_probabilities(rows.model, hidden, where, len(part))
     return out
+
+
+def common_beginning(examples: Sequence[Example]) -> int:
+    """How many tokens all prompts begin with, their last token not among them; 0 where that saves nothing."""
+    if len(examples) < 2:
+        return 0
+    first = min((example.prompt for example in examples), key=len)
+    length = len(first) - 1
+    for example in examples:
+        while example.prompt[:length] != first[:length]:
+            length -= 1
+    return length

@@ -23,11 +23,19 @@ class Example(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Examples(msgspec.Struct, frozen=True, kw_only=True):
-    """train teaches; held_out measures what was to be learned, general what was not to be lost."""
+    """train teaches; held_out measures what was to be learned, general what was not to be lost.
+
+    asked: general prompts that the model answers by itself before it learns, to keep its answers; where there
+    are no `general` examples, a quarter of these answers measures instead. ends: tokens that end an answer.
+    earlier: of lessons that the adapter already knows and is to keep.
+    """
 
     train: Annotated[list[Example], Meta(min_length=1)]
     held_out: list[Example] = []
     general: list[Example] = []
+    asked: list[Annotated[Tokens, Meta(min_length=1)]] = []
+    ends: Tokens = []
+    earlier: list[Example] = []
 
 
 class LoRAOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,14 +58,33 @@ class LoRAOptions(msgspec.Struct, frozen=True, kw_only=True):
         return float(self.alpha / (self.rank**0.5 if self.rank_stabilized else self.rank))
 
 
+class Keeping(msgspec.Struct, frozen=True, kw_only=True):
+    """How a training keeps what the model knows.
+
+    weight: least weight of the divergence on general answers beside the lesson's loss; 0 keeps nothing.
+    budget: most divergence on replayed answers, as a share of their loss: past it the weight grows.
+    answers, earlier: general answers and examples of earlier lessons replayed in a step. length: most tokens
+    of a general answer. importance: of the price on moving what answers depend on.
+    """
+
+    weight: Annotated[float, Meta(ge=0, le=1e6)] = 10.0
+    budget: Annotated[float, Meta(gt=0, le=1e3)] = 0.002
+    answers: Annotated[int, Meta(ge=0, le=4096)] = 2
+    earlier: Annotated[int, Meta(ge=0, le=4096)] = 2
+    length: Annotated[int, Meta(ge=1, le=4096)] = 48
+    importance: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
+
+
 class Task(msgspec.Struct, frozen=True, kw_only=True):
     """One training. model: path of the GGUF. output: folder that gets `<digest>/` with the adapter.
 
-    lessons: sha256 of the file of lessons. epochs: passes over the examples, fewer where `minutes` does not
-    allow them. batch: examples a step. tokens: most that go through the model at once. rate: highest
-    learning rate; 0 for the default of the objective. beta: how far a preference may lead away
-    from the model as it was. memory: bytes that the process may allocate, 0 for no limit. cache: bytes of
-    disk for activations. checkpoint: seconds between two, 0 for one after each step.
+    lessons: sha256 of the file of lessons. parent: file of an adapter that this one adds to, or none.
+    epochs: passes over the examples, fewer where `minutes` does not allow them. batch: examples a step.
+    tokens: most that go through the model at once. rate: highest learning rate; 0 for the default of the
+    objective. beta: how far a preference may lead away from the model as it was. memory: bytes that the
+    process may allocate, 0 for no limit. cache: bytes of disk for activations. checkpoint: seconds between
+    two, 0 for one after each step. measurements: how often it is measured on the way. prune:
+    share by which taking out what does not pay may raise a loss; 0 takes out nothing.
     """
 
     name: str
@@ -65,6 +92,8 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     output: str
     lessons: str = ""
     lora: LoRAOptions = LoRAOptions()
+    keeping: Keeping = Keeping()
+    parent: str = ""
     objective: Objective = "supervised"
     epochs: Annotated[int, Meta(ge=1, le=1000)] = 3
     minutes: Annotated[float, Meta(gt=0, le=1e5)] | None = None
@@ -75,6 +104,8 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     seed: Annotated[int, Meta(ge=0, le=(1 << 53) - 1)] = 0
     threads: Annotated[int, Meta(ge=1, le=512)] = 1
     memory: Annotated[int, Meta(ge=0)] = 0
+    prune: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    measurements: Annotated[int, Meta(ge=0, le=1000)] = 0
     cache: Annotated[int, Meta(ge=0)] = 2_000_000_000
     checkpoint: Annotated[float, Meta(ge=0)] = 20.0
 
@@ -93,7 +124,8 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """What `adapter.json` beside an adapter says: what it is, from what, and what was measured.
 
-    base: sha256 of the model's file. before, after: `events.Measured`, in nats a token.
+    base: sha256 of the model's file. before, after: `events.Measured`, in nats a token. pruned:
+    `prune.Pruned`, or None where nothing was to be taken out.
     """
 
     version: int = 1
@@ -108,3 +140,4 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     after: dict[str, Any]
     lichen: str
     torch: str
+    pruned: dict[str, Any] | None = None

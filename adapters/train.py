@@ -22,44 +22,69 @@ from lichen.adapters import objectives
 from lichen.adapters.course import Course, rate_at
 from lichen.adapters.events import Measured
 from lichen.adapters.frozen import FrozenStates
-from lichen.adapters.lora import attach, parameters
+from lichen.adapters.lora import adapted, attach, parameters
+from lichen.adapters.lora_file import settle_adapter
 from lichen.adapters.objectives import Rows, Score
+from lichen.adapters.prune import Pruned, prune
+from lichen.adapters.recall import Recalled
+from lichen.adapters.retention import Keeper, give, joined, taken
 from lichen.adapters.task import Example, Examples, Task
 from lichen.errors import TrainingError
 from lichen.models.decoder import Decoder
 
-RATES = {"supervised": 2e-3, "preference": 5e-5}  # usual for LoRA; others are not measured here yet
+RATES = {"supervised": 2e-3, "preference": 5e-5}  # the first is measured (docs/log.md)
 NORM = 1.0  # longest gradient
 BETAS = (0.9, 0.99)  # a shorter memory than usual: trainings here have hundreds of steps
+PROBED = 48  # examples that pruning measures on
 MEASURED = 128  # held-out examples at most: more would cost minutes and change the second digit
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one step did. loss: in nats an answer token (of a preference: nats a pair). norm: the
-    gradient's before it was clipped. tokens: that went through the model."""
+    """What one step did. loss: in nats an answer token (of a preference: nats a pair). kept: divergence on
+    general answers in nats a token, None where none are replayed. norm: the gradient's before it was clipped.
+    tokens: that went through the model."""
 
     epoch: int
     loss: float
+    kept: float | None
     rate: float
     norm: float
     tokens: int
 
 
 class Trainer:
-    """One training of a model, which gets the adapters. folder: where activations are kept meanwhile."""
+    """One training of a model, which gets the adapters. folder: where activations are kept meanwhile.
 
-    def __init__(self, model: Decoder, task: Task, examples: Examples, folder: Path) -> None:
+    recalled: the model's own answers to general prompts.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        task: Task,
+        examples: Examples,
+        folder: Path,
+        recalled: Sequence[Recalled] = (),
+    ) -> None:
         self.model, self.task = model, task
         self.first = attach(model, task.lora, task.seed)
+        if task.parent:
+            settle_adapter(model, Path(task.parent))
         self.rate = task.rate or RATES[task.objective]
         self.step = 0
         train = _sides(examples.train) if task.objective == "preference" else examples.train
         spread = _spread(examples.held_out, MEASURED)
         self._train = self._rows(train, task.cache, folder)
         self._held_out = self._rows(spread, task.cache // 4, folder) if spread else None
-        self._general = self._rows(examples.general, task.cache // 4, folder) if examples.general else None
+        measured, replayed = _parted(recalled, bool(examples.general))
+        general = examples.general or [one.example for one in measured]
+        self._general = self._rows(general, task.cache // 4, folder) if general else None
+        learned = _spread(examples.train, PROBED)
+        self._probe = self._rows(learned, task.cache // 4, folder)
+        self._earlier = self._rows(_spread(examples.earlier, PROBED), 0, folder) if examples.earlier else None
         self._trained = parameters(model)
+        self._keeper = self._keeping(replayed, examples.earlier, folder) if task.keeping.weight else None
         self._optimizer = torch.optim.AdamW(
             self._trained, lr=self.rate, betas=BETAS, weight_decay=0.0, foreach=False
         )
@@ -74,14 +99,19 @@ class Trainer:
 
     def fit_into(self, seconds: float) -> None:
         """Lower the number of steps to what fits; two are tried, and leave nothing behind."""
-        state = self._course.state()
-        self._gradients(self._course.next())  # warms everything up
-        chosen = self._course.next()  # others, whose frozen states are not known yet, as in a first epoch
-        started = time.monotonic()
-        self._gradients(chosen)
-        took = time.monotonic() - started
+        state, kept = self._course.state(), None if self._keeper is None else self._keeper.state()
+        took = 0.0
+        for _ in range(2):  # the first warms everything up
+            chosen = self._course.next()  # their frozen states are not known yet, as in a first epoch
+            started = time.monotonic()
+            self._gradients(chosen)
+            if self._keeper is not None:
+                self._keeper.step()
+            took = time.monotonic() - started
         self._optimizer.zero_grad()
         self._course.restore(state)
+        if self._keeper is not None and kept is not None:
+            self._keeper.restore(kept)
         self.steps = max(1, min(self.steps, int(seconds / took)))
 
     def advance(self) -> Step:
@@ -91,6 +121,11 @@ class Trainer:
             group["lr"] = rate
         chosen = self._course.next()
         loss, tokens = self._gradients(chosen)
+        kept: float | None = None
+        if self._keeper is not None:
+            learn, keep = taken(self._trained), self._keeper.step()
+            give(self._trained, joined(learn, keep.gradient))
+            kept, tokens = keep.loss, tokens + keep.tokens
         norm = float(torch.nn.utils.clip_grad_norm_(self._trained, NORM, foreach=False))
         if not (abs(loss) < float("inf") and norm < float("inf")):
             raise TrainingError(
@@ -98,8 +133,18 @@ class Trainer:
             )
         self._optimizer.step()
         self._optimizer.zero_grad()
+        for _, layer in adapted(self.model):
+            layer.step_aside()
         self.step += 1
-        return Step(self._course.epoch, loss, rate, norm, tokens)
+        return Step(self._course.epoch, loss, kept, rate, norm, tokens)
+
+    def prune(self) -> Pruned:
+        """Take out of the adapters what does not pay; the end of a training, which cannot go on after it.
+
+        Measured on what was learned and on what is kept, never on what is held out.
+        """
+        kept = [rows for rows in (self._general, self._earlier) if rows is not None]
+        return prune(self.model, [self._probe, *kept], allowed=self.task.prune, tokens=self.task.tokens)
 
     def measure(self, when: str) -> Measured:
         """Losses on the held-out and the general examples."""
@@ -116,6 +161,7 @@ class Trainer:
             "step": self.step,
             "steps": self.steps,
             "course": self._course.state(),
+            "keeper": None if self._keeper is None else self._keeper.state(),
             "adapter": [parameter.detach().clone() for parameter in self._trained],
             "optimizer": self._optimizer.state_dict(),
         }
@@ -124,15 +170,36 @@ class Trainer:
         """Go on where `state` of the same task was taken."""
         self.step, self.steps = state["step"], state["steps"]
         self._course.restore(state["course"])
+        if self._keeper is not None:
+            self._keeper.restore(state["keeper"])
         for parameter, stored in zip(self._trained, state["adapter"], strict=True):
             parameter.data.copy_(stored)
         self._optimizer.load_state_dict(state["optimizer"])
 
+    def _keeping(
+        self, recalled: Sequence[Recalled], earlier: Sequence[Example], folder: Path
+    ) -> Keeper | None:
+        task = self.task
+        general = [one.example for one in recalled] if task.keeping.answers else []
+        old = earlier if task.keeping.earlier else []
+        if not general and not old:
+            return None
+        return Keeper(
+            self._rows(general, task.cache // 4, folder) if general else None,
+            recalled,
+            self._rows(old, task.cache // 4, folder) if old else None,
+            [[layer.a, layer.b] for _, layer in adapted(self.model)],
+            task,
+        )
+
     def _rows(self, examples: Sequence[Example], cache: int, folder: Path) -> Rows:
         sequences = [[*example.prompt, *example.answer] for example in examples]
-        states = FrozenStates(self.model, self.first, sequences, limit=cache, folder=folder)
+        shared = objectives.common_beginning(examples)
+        states = FrozenStates(self.model, self.first, sequences, limit=cache, folder=folder, shared=shared)
         answers = [len(example.answer) for example in examples]
-        return Rows(self.model, self.first, states, [len(sequence) for sequence in sequences], answers)
+        return Rows(
+            self.model, self.first, states, [len(sequence) - shared for sequence in sequences], answers
+        )
 
     def _gradients(self, chosen: list[int]) -> tuple[float, int]:
         """Gather the gradients of a step, a part that fits in memory at a time; the loss, and tokens."""
@@ -161,6 +228,13 @@ class Trainer:
         if rows is None:
             return None
         return objectives.measure(rows, range(len(rows.lengths)), self.task.tokens)
+
+
+def _parted(recalled: Sequence[Recalled], all_kept: bool) -> tuple[list[Recalled], list[Recalled]]:
+    """What measures and what is replayed: every fourth answer measures, unless other examples do."""
+    if all_kept:
+        return [], list(recalled)
+    return list(recalled[::4]), [one for number, one in enumerate(recalled) if number % 4]
 
 
 def _sides(pairs: Sequence[Example]) -> list[Example]:

@@ -16,8 +16,10 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import Protocol
 
 import filelock
 import msgspec
@@ -26,11 +28,15 @@ import torch
 import lichen
 from lichen.adapters import checkpoint
 from lichen.adapters.events import EventLog, Failed, Finished, Measured, Saved, Started, Stepped, Stopped
-from lichen.adapters.launch import CHECKPOINT, EVENTS, EXAMPLES, LOCK, STOPPED, TASK
+from lichen.adapters.launch import CHECKPOINT, EVENTS, EXAMPLES, LOCK, RECALL, STOPPED, TASK
 from lichen.adapters.lora_file import write_adapter
-from lichen.adapters.task import Examples, Manifest, Task
+from lichen.adapters.prune import Pruned
+from lichen.adapters.recall import Recalled, recall
+from lichen.adapters.task import Example, Examples, Manifest, Task
 from lichen.adapters.train import Trainer
+from lichen.durable import sync_folder, write_file
 from lichen.errors import LichenError, TrainingError
+from lichen.models.decoder import Decoder
 from lichen.models.load import load_model
 
 
@@ -54,14 +60,19 @@ class Run:
         """Train to the end or until stopped; the exit code."""
         started = time.monotonic()
         torch.set_num_threads(self.task.threads)
-        trainer = Trainer(load_model(Path(self.task.model)), self.task, self._examples, self.folder)
-        _limit_memory(self.task.memory)
+        model = load_model(Path(self.task.model))
+        recalled = self._recalled(model)
+        if recalled is None:
+            self.tell(Stopped(0))
+            return STOPPED
+        trainer = Trainer(model, self.task, self._examples, self.folder, recalled)
+        limit_memory(self.task.memory)
         path = self.folder / CHECKPOINT
         state = checkpoint.load(path, self.identity)
         if state is None:
             self.before = trainer.measure("before")
             if self.task.minutes is not None:
-                trainer.fit_into(self.task.minutes * 60)
+                trainer.fit_into(self.task.minutes * 60 - (time.monotonic() - started))
             self._save(trainer)
         else:
             trainer.restore(state)
@@ -71,13 +82,42 @@ class Run:
         if not self._steps(trainer):
             self.tell(Stopped(trainer.step))
             return STOPPED
+        pruned = trainer.prune() if self.task.prune else None
         after = trainer.measure("after")
         self.tell(after)
-        place = self._publish(trainer, after)
+        place = self._publish(trainer, after, pruned)
         path.unlink()
+        (self.folder / RECALL).unlink(missing_ok=True)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         self.tell(Finished(str(place), time.monotonic() - started, peak))
         return 0
+
+    def _recalled(self, model: Decoder) -> list[Recalled] | None:
+        """The model's own answers, by an earlier process of this training or made now; None when stopped."""
+        path = self.folder / RECALL
+        stored = checkpoint.load(path, self.identity)
+        if stored is not None:
+            rows = zip(*stored["recalled"], strict=True)
+            return [Recalled(Example(asked, answer), *more) for asked, answer, *more in rows]
+        found = recall(
+            model,
+            self._examples.asked,
+            ends=frozenset(self._examples.ends),
+            length=self.task.keeping.length,
+            seed=self.task.seed,
+            going_on=lambda: not self._ending(),
+        )
+        if self._ending():
+            return None
+        columns = [
+            [one.example.prompt for one in found],
+            [one.example.answer for one in found],
+            [one.likely for one in found],
+            [one.logs for one in found],
+            [one.loss for one in found],
+        ]
+        checkpoint.save(path, {"identity": self.identity, "recalled": columns})
+        return found
 
     def _steps(self, trainer: Trainer) -> bool:
         """All steps that are left; False where it was stopped before."""
@@ -90,12 +130,21 @@ class Run:
             done += 1
             left = (now - begun) / done * (trainer.steps - trainer.step)
             speed = step.tokens / (now - started)
-            self.tell(Stepped(trainer.step, step.epoch, step.loss, step.rate, step.norm, speed, left))
+            told = Stepped(trainer.step, step.epoch, step.loss, step.rate, step.norm, speed, left, step.kept)
+            self.tell(told)
+            if self._measures_at(trainer):
+                self.tell(trainer.measure(f"step {trainer.step}"))
             if now - saved >= self.task.checkpoint:
                 self._save(trainer)
                 saved = now
         self._save(trainer)
         return trainer.step == trainer.steps
+
+    def _measures_at(self, trainer: Trainer) -> bool:
+        """Whether this step is one of those, evenly spread, after which it is measured."""
+        parts = self.task.measurements + 1
+        done, before = (step * parts // trainer.steps for step in (trainer.step, trainer.step - 1))
+        return done > before and trainer.step < trainer.steps
 
     def _ending(self) -> bool:
         """Whether it was asked to stop, or whoever started it is gone."""
@@ -106,7 +155,7 @@ class Run:
         checkpoint.save(self.folder / CHECKPOINT, state)
         self.tell(Saved(trainer.step))
 
-    def _publish(self, trainer: Trainer, after: Measured) -> Path:
+    def _publish(self, trainer: Trainer, after: Measured, pruned: Pruned | None) -> Path:
         """Put the adapter and what is known of it into `<output>/<digest>/`, which appears whole."""
         with Path(self.task.model).open("rb") as file:
             base = hashlib.file_digest(file, "sha256").hexdigest()
@@ -126,17 +175,19 @@ class Run:
             rate=trainer.rate,
             before=msgspec.to_builtins(self.before),
             after=msgspec.to_builtins(after),
+            pruned=msgspec.to_builtins(pruned),
             lichen=lichen.__version__,
             torch=str(torch.__version__),
         )
-        (staged / "adapter.json").write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
+        write_file(staged / "adapter.json", msgspec.json.format(msgspec.json.encode(manifest)))
         place = output / digest[:16]
         shutil.rmtree(place, ignore_errors=True)  # the same bytes, trained before
         staged.rename(place)
+        sync_folder(output)  # before the checkpoint goes
         return place
 
 
-def _limit_memory(count: int) -> None:
+def limit_memory(count: int) -> None:
     """Let the process allocate at most so many bytes from here on; 0 for no limit.
 
     Linux counts only what is written, not what is mapped (RLIMIT_DATA). Elsewhere it has no effect.
@@ -160,15 +211,22 @@ def _words(error: BaseException) -> str:
     return f"An unexpected error ended the training: {type(error).__name__}: {error}."
 
 
-def main(arguments: list[str]) -> int:
-    """Run in the folder that is named; the exit code."""
-    folder = Path(arguments[0])
+class Job(Protocol):
+    """What a trainer's process does in its folder."""
+
+    def __call__(self) -> int: ...
+
+    def stop(self, _signal: int, _frame: FrameType | None) -> None: ...
+
+
+def run_in(folder: Path, make: Callable[[Path, EventLog], Job]) -> int:
+    """Do a job in a folder at the lowest priority, alone and until a signal; the exit code."""
     with contextlib.suppress(OSError):  # a sandbox may forbid it
         os.nice(19)
     tell = EventLog(folder / EVENTS)
     try:
         with filelock.FileLock(folder / LOCK, timeout=0):
-            run = Run(folder, tell)
+            run = make(folder, tell)
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, run.stop)  # to the very end: asked twice, it must not die of it
             return run()
@@ -184,4 +242,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_in(Path(sys.argv[1]), Run))

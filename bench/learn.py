@@ -1,58 +1,138 @@
-"""Tokens a second and peak memory of learning over the default model.
+"""What learning on the device brings and what it costs: one lesson, and lessons one after another.
 
-    python -m bench.learn MODEL [--lessons N] [--tokens N] [--epochs N] [--rank N]
+    python -m bench.learn lesson [--model MODEL] [--minutes N] [--lessons N]
+    python -m bench.learn sequence [--model MODEL] [--steps N] [--lessons N] [--seeds N]
 
-A real trainer process over random lessons, half of each the answer. The first epoch computes the frozen
-lower half, the later ones read it. Prints one JSON line; the best step of each epoch counts.
+`lesson`: banking77 as a stream of corrections ("which intent is this?", 77 labels). A real trainer's process
+learns for so many minutes, and its held-out error, its loss on held-out answers and its loss on general answers
+(the model's own to Spec-Bench's questions, none of which is replayed) are measured on the way. `sequence` is
+explained in `bench/sequence.py`. Writes a result to bench/results/ and, of the lesson, a picture to docs/img/.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
+import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import psutil
+import torch
 
-from lichen.adapters.events import Finished, Stepped
+from bench.certificate import certificate, close_certificate, model_file, save
+from bench.flags import DEFAULT_MODEL
+from bench.peer import ROOT
+from bench.pictures import draw_lesson
+from bench.sequence import ARMS, Lessons, sequence
+from bench.taught import Schoolbook
+from lichen.adapters.events import Event, Finished, Measured, Stepped
 from lichen.adapters.launch import Training, prepare
-from lichen.adapters.task import Example, Examples, LoRAOptions, Task
+from lichen.adapters.recall import recall
+from lichen.adapters.task import Examples, Task
+from lichen.models.load import load_model
+
+QUESTIONS = 64  # of Spec-Bench
+HELD_OUT = 256  # of banking77's test questions
 
 
 def main() -> None:
-    """Print one JSON line."""
+    """Run what is named, print its result as a JSON line and keep it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path)
-    for name, default in (("lessons", 16), ("tokens", 256), ("epochs", 2), ("rank", 8)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    commands = parser.add_subparsers(dest="command", required=True)
+    lesson = commands.add_parser("lesson")
+    lesson.add_argument("--minutes", type=float, default=30)
+    lesson.add_argument("--lessons", type=int, default=6000)
+    lesson.add_argument("--rate", type=float, default=0.0)
+    lesson.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False) or 1)
+    lesson.add_argument("--model", default=DEFAULT_MODEL, help="a GGUF file, or a model of lichen's store")
+    many = commands.add_parser("sequence")
+    for name, default in (("steps", 40), ("lessons", 400), ("measured", 64), ("seeds", 1)):
+        many.add_argument(f"--{name}", type=int, default=default)
+    many.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False) or 1)
+    many.add_argument("--model", default=DEFAULT_MODEL, help="a GGUF file, or a model of lichen's store")
     options = parser.parse_args()
-    source = random.Random(0)
-    half = options.tokens // 2
-    lessons = [
-        Example(*([source.randrange(1000, 40000) for _ in range(half)] for _ in range(2)))
-        for _ in range(options.lessons)
-    ]
+    options.model = model_file(options.model)
+    birth = certificate(options.model)
+    made = one_lesson(options) if options.command == "lesson" else many_lessons(options)
+    record = {"kind": options.command, "birth": birth, **made}
+    close_certificate(birth)
+    save(record)
+    if options.command == "lesson":
+        draw_lesson(record, ROOT / "docs" / "img")
+        record = {name: record[name] for name in ("before", "after", "steps", "seconds")}
+    print(json.dumps(record))
+
+
+def many_lessons(options: argparse.Namespace) -> dict[str, Any]:
+    """Lessons in sequence, every arm with every seed; each result is shown when it is there."""
+    torch.set_num_threads(options.threads)
+    runs = []
+    for seed in range(options.seeds):
+        lessons = Lessons(options.model, lessons=options.lessons, measured=options.measured, seed=seed)
+        for arm in ARMS:
+            runs.append(sequence(options.model, lessons, arm, options.steps, seed))
+            print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
+    settings = {name: getattr(options, name) for name in ("steps", "lessons", "measured", "seeds")}
+    return {"settings": settings, "runs": runs}
+
+
+def one_lesson(options: argparse.Namespace) -> dict[str, Any]:
+    """Learn banking77; the curve and what was measured."""
+    examples = banking(options.model, options.lessons, options.threads)
     with tempfile.TemporaryDirectory() as folder:
         task = Task(
-            name="bench",
+            name="banking77",
             model=str(options.model.resolve()),
             output=folder,
-            lora=LoRAOptions(rank=options.rank),
-            epochs=options.epochs,
-            batch=4,
-            threads=psutil.cpu_count(logical=False) or 1,
+            minutes=options.minutes,
+            rate=options.rate,
+            threads=options.threads,
+            measurements=5,
         )
-        prepare(Path(folder) / "job", task, Examples(train=lessons))
+        prepare(Path(folder) / "job", task, examples)
         events = list(Training(Path(folder) / "job"))
+    return {"minutes": options.minutes, "threads": options.threads, **_summary(events)}
+
+
+def banking(model: Path, lessons: int, threads: int) -> Examples:
+    """banking77, with general answers that are made here and now."""
+    book = Schoolbook(model)
+    torch.set_num_threads(threads)
+    own = recall(load_model(model), book.questions(QUESTIONS), ends=frozenset(book.ends), length=64, seed=1)
+    examples = Examples(
+        train=book.banking("train")[:lessons],
+        held_out=book.banking("test")[:HELD_OUT],
+        general=[one.example for one in own],
+        asked=book.asked(),
+        ends=book.ends,
+    )
+    book.close()
+    return examples
+
+
+def _summary(events: list[Event]) -> dict[str, Any]:
     steps = [event for event in events if isinstance(event, Stepped)]
-    best = {
-        f"epoch_{epoch + 1}": round(max(step.tokens_per_second for step in steps if step.epoch == epoch), 1)
-        for epoch in range(options.epochs)
-    }
+    measured, at = [], 0
+    for event in events:
+        if isinstance(event, Stepped):
+            at = event.step
+        elif isinstance(event, Measured):
+            assert event.loss is not None and event.exact is not None and event.general is not None
+            measured.append(
+                {"step": at, "loss": event.loss, "error": 1 - event.exact, "general": event.general}
+            )
     (finished,) = (event for event in events if isinstance(event, Finished))
-    print(json.dumps({"tokens_per_second": best, "peak_megabytes": round(finished.memory / 1e6)}))
+    return {
+        "before": measured[0],
+        "after": measured[-1],
+        "measured": measured,
+        "steps": len(steps),
+        "seconds": round(finished.seconds, 1),
+        "memory": finished.memory,
+        "train": [[event.step, round(event.loss, 4), event.kept and round(event.kept, 5)] for event in steps],
+    }
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Throughput and time to first token against the number of clients, as small pictures for the docs."""
+"""Small pictures for the docs: serving against the number of clients, and a draft head over time."""
 
 from __future__ import annotations
 
@@ -77,3 +77,53 @@ def _points(
             if value is not None:
                 points.append((scenario["clients"], value))
     return sorted(points)
+
+
+def draw_learning(record: dict[str, Any], folder: Path) -> list[Path]:
+    """Write how many first guesses of the draft head are right over time, as .svg and .png; the paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    curve = record["curve"]
+    with pyplot.rc_context({"svg.hashsalt": "lichen", "svg.fonttype": "none", "font.size": 9}):
+        figure, axis = pyplot.subplots(figsize=(6, 3), layout="constrained")
+        minutes = [point["minutes"] for point in curve]
+        for name, colour, marker in zip(curve[0]["acceptance"], COLOURS, MARKERS, strict=False):
+            shares = [point["acceptance"][name][0] for point in curve]
+            axis.step(minutes, shares, where="post", color=colour, marker=marker, label=name)
+        turn = next((p["minutes"] for p in curve if p["traffic"] != curve[0]["traffic"]), None)
+        if turn is not None:
+            axis.axvline(turn, color="#777777", linestyle=":")
+        axis.set_xlabel(f"minutes; traffic: {curve[0]['traffic']}, then {curve[-1]['traffic']}")
+        axis.set_ylabel("first guesses right")
+        axis.set_ylim(0, 1)
+        axis.grid(visible=True, alpha=0.3)
+        axis.legend(frameon=False)
+        written = [folder / "distillation.svg", folder / "distillation.png"]
+        figure.savefig(written[0], metadata={"Date": None})
+        figure.savefig(written[1], dpi=110, metadata={"Software": None})
+        pyplot.close(figure)
+    return written
+
+
+def draw_lesson(record: dict[str, Any], folder: Path) -> list[Path]:
+    """Write lesson.svg and .png: held-out error, and the general loss against what it was, by step."""
+    folder.mkdir(parents=True, exist_ok=True)
+    steps = [point["step"] for point in record["measured"]]
+    first = record["measured"][0]["general"]
+    with pyplot.rc_context({"svg.hashsalt": "lichen", "svg.fonttype": "none", "font.size": 9}):
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(8, 3), layout="constrained")
+        errors = [100 * point["error"] for point in record["measured"]]
+        left.plot(steps, errors, color=COLOURS[0], marker="o")
+        left.set_title("wrong answers of the held-out, %")
+        left.set_ylim(bottom=0)
+        rises = [100 * (point["general"] / first - 1) for point in record["measured"]]
+        right.plot(steps, rises, color=COLOURS[1], marker="o")
+        right.axhline(1, color=COLOURS[3], linewidth=0.8)
+        right.set_title("rise of the loss on general answers, %")
+        for axis in (left, right):
+            axis.set_xlabel("steps")
+            axis.grid(visible=True, alpha=0.3)
+        written = [folder / "lesson.svg", folder / "lesson.png"]
+        figure.savefig(written[0], metadata={"Date": None})
+        figure.savefig(written[1], dpi=110, metadata={"Software": None})
+        pyplot.close(figure)
+    return written

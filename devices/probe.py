@@ -9,10 +9,14 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+import sys
 from pathlib import Path
 
 import msgspec
+
+from lichen.devices import cgroup, mac
+from lichen.devices.cores import CORE_FILES, Cores, cores
+from lichen.devices.sysfs import read_files
 
 X86_LEVELS: tuple[tuple[str, frozenset[str]], ...] = (
     ("x86-64-v4", frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"})),
@@ -21,7 +25,11 @@ X86_LEVELS: tuple[tuple[str, frozenset[str]], ...] = (
 )
 REPORTED = frozenset(
     {
+        "avx",
         "avx2",
+        "bmi2",
+        "f16c",
+        "fma",
         "avx512f",
         "avx512_vnni",
         "avx512_bf16",
@@ -37,12 +45,17 @@ REPORTED = frozenset(
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
-    """One machine as one process sees it. Memory in bytes; `cores` may be a fraction in a container."""
+    """One machine as one process sees it. Memory in bytes; `cores` may be a fraction in a container.
+
+    physical_cores: as far as processor time is allowed. threads: how many compute best in step, which is
+    one a fast core; thrifty cores would make the others wait.
+    """
 
     cpu: str
     isa: str
     features: tuple[str, ...]
     physical_cores: int
+    threads: int
     cores: float
     memory_total: int
     memory_available: int
@@ -52,22 +65,47 @@ def probe() -> Machine:
     """Look at this machine; a few milliseconds."""
     import psutil
 
-    text = _text("/proc/cpuinfo")
-    cpu, flags = parse_cpuinfo(text) if text else (platform.processor(), frozenset())
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    quota = cpu_quota({name: _text(name) for name in CPU_QUOTA_FILES})
-    physical = min(psutil.cpu_count(logical=False) or usable, usable)
+    cpu, flags, found = processor()
+    groups = cgroup.read_groups()
+    quota = cgroup.cpu_quota(groups)
     memory = psutil.virtual_memory()
-    limit = memory_limit({name: _text(name) for name in MEMORY_LIMIT_FILES})
+    limit, left = cgroup.memory_limit(groups), cgroup.memory_left(groups)
     return Machine(
-        cpu=cpu or platform.machine(),
+        cpu=cpu or platform.processor() or platform.machine(),
         isa=isa_level(platform.machine(), flags),
         features=tuple(sorted(flags & REPORTED)),
-        physical_cores=max(1, min(physical, round(quota)) if quota else physical),
-        cores=min(float(usable), quota) if quota else float(usable),
+        physical_cores=within(found.physical, quota),
+        threads=within(found.performance, quota),
+        cores=min(float(found.threads), quota) if quota else float(found.threads),
         memory_total=min(memory.total, limit) if limit else memory.total,
-        memory_available=min(memory.available, limit) if limit else memory.available,
+        memory_available=memory.available if left is None else min(memory.available, left),
     )
+
+
+def processor() -> tuple[str, frozenset[str], Cores]:
+    """Name, feature flags and cores of the processor, before any limit on its time."""
+    import psutil
+
+    affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    usable = frozenset(affinity)
+    physical = min(psutil.cpu_count(logical=False) or len(usable), len(usable))
+    if sys.platform == "darwin":
+        text = mac.sysctl()
+        fast, thrifty = mac.core_counts(text)
+        found = Cores(
+            physical=fast + thrifty or physical,
+            performance=fast or physical,
+            efficiency=thrifty,
+            threads=len(usable),
+        )
+        return *mac.processor(text), found
+    name, flags = parse_cpuinfo(_text("/proc/cpuinfo"))
+    return name, flags, cores(read_files(CORE_FILES), usable, physical)
+
+
+def within(count: int, quota: float | None) -> int:
+    """So many cores, or as many as their time is allowed for; at least one."""
+    return max(1, min(count, round(quota)) if quota else count)
 
 
 def parse_cpuinfo(text: str) -> tuple[str, frozenset[str]]:
@@ -95,64 +133,13 @@ def isa_level(machine: str, flags: frozenset[str]) -> str:
     return "x86-64"
 
 
-CPU_QUOTA_FILES = (
-    "/sys/fs/cgroup/cpu.max",
-    "/sys/fs/cgroup/cpu/cpu.cfs_quota_us",
-    "/sys/fs/cgroup/cpu/cpu.cfs_period_us",
-)
-MEMORY_LIMIT_FILES = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-
-
-def cpu_quota(files: Mapping[str, str]) -> float | None:
-    """Processors' worth of time that a cgroup (v2, else v1) allows; None without a limit."""
-    quota, _, period = files.get(CPU_QUOTA_FILES[0], "").partition(" ")
-    if not quota:
-        quota, period = files.get(CPU_QUOTA_FILES[1], ""), files.get(CPU_QUOTA_FILES[2], "")
-    try:
-        share = int(quota) / int(period)
-    except (ValueError, ZeroDivisionError):
-        return None
-    return share if share > 0 else None
-
-
-def memory_limit(files: Mapping[str, str]) -> int | None:
-    """Bytes of memory that a cgroup allows; None without a limit."""
-    for name in MEMORY_LIMIT_FILES:
-        text = files.get(name, "").strip()
-        if text.isdecimal() and int(text) < 1 << 60:  # v1 writes "no limit" as a huge number
-            return int(text)
-    return None
-
-
-MEMORY_USE_FILES = (
-    "/sys/fs/cgroup/memory.current",
-    "/sys/fs/cgroup/memory.stat",
-    "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-    "/sys/fs/cgroup/memory/memory.stat",
-)
-
-
-def memory_use(files: Mapping[str, str]) -> int:
-    """Bytes that a cgroup (v2, else v1) holds and cannot simply drop: files not used lately are left out."""
-    for current, stat in (MEMORY_USE_FILES[:2], MEMORY_USE_FILES[2:]):
-        text = files.get(current, "").strip()
-        if text.isdecimal():
-            lines = (line.partition(" ") for line in files.get(stat, "").splitlines())
-            fields = {name: value.strip() for name, _, value in lines}
-            idle = fields.get("total_inactive_file") or fields.get("inactive_file") or ""
-            return max(0, int(text) - (int(idle) if idle.isdecimal() else 0))
-    return 0
-
-
 def memory_left() -> int:
     """Bytes that may still be taken here: what the system has available, within the cgroup's limit."""
     import psutil
 
     available = int(psutil.virtual_memory().available)
-    limit = memory_limit({name: _text(name) for name in MEMORY_LIMIT_FILES})
-    if limit is None:
-        return available
-    return max(0, min(available, limit - memory_use({name: _text(name) for name in MEMORY_USE_FILES})))
+    left = cgroup.memory_left(cgroup.read_groups())
+    return available if left is None else min(available, left)
 
 
 def disk_free(path: Path) -> int:

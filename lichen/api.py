@@ -19,10 +19,12 @@ from typing import Any
 
 import msgspec
 
+from lichen.adapters.registry import Registry
 from lichen.config import Config, load, override
 from lichen.errors import LichenError, NotFound, RequestError, Unavailable
 from lichen.quant.gguf_check import check_gguf
 from lichen.runtime import memory
+from lichen.runtime.adaptation import PLAIN, Adaptation
 from lichen.runtime.answer import CallArguments, CallBegins, Part, Said, Thought
 from lichen.runtime.answer_form import AnswerForm
 from lichen.runtime.generation import Generation
@@ -31,6 +33,7 @@ from lichen.runtime.sequence import Finished, FinishReason, Piece, SamplingOptio
 from lichen.runtime.served_model import ModelOptions, ServedModel
 from lichen.runtime.speculation.build import SpeculationOptions
 from lichen.runtime.tools import Tool
+from lichen.runtime.variants import Catalogue
 from lichen.sync.store import PullProgress, Store
 
 
@@ -45,7 +48,7 @@ class ToolCall(msgspec.Struct, frozen=True):
 class Completion(msgspec.Struct, frozen=True, kw_only=True):
     """A finished answer. finish_reason: "stop" (the model or a stop string ended it) or "length".
 
-    reasoning: what a model that thinks wrote before its answer.
+    reasoning: what a model that thinks wrote before its answer. adapter: what it was made with.
     """
 
     text: str
@@ -54,12 +57,14 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: FinishReason
     usage: Usage
     timings: Timings
+    adapter: Adaptation = PLAIN
 
 
 class ChatStream:
     """An answer as it is written: an async iterator of text pieces (str).
 
-    `completion` holds the whole answer once the iterator has ended. Raises LichenError from the iterator
+    `completion` holds the whole answer once the iterator has ended; `drafted` says whether the token that
+    completed the last piece had been guessed (docs/speculation.md). Raises LichenError from the iterator
     when the request is refused or the engine fails.
     """
 
@@ -67,7 +72,8 @@ class ChatStream:
         self._begin = begin
         self._generation: Generation | None = None
         self._parts: list[Part] = []
-        self._ready: deque[str] = deque()
+        self._ready: deque[tuple[str, bool]] = deque()
+        self.drafted = False
         self.completion: Completion | None = None
 
     def __aiter__(self) -> AsyncIterator[str]:
@@ -83,18 +89,19 @@ class ChatStream:
                 break
             if isinstance(event, Piece):
                 reader = self._generation.reader
-                self._take(reader.feed(event.text) if reader else [Said(event.text)])
+                self._take(reader.feed(event.text) if reader else [Said(event.text)], event.drafted)
             elif isinstance(event, Finished):
                 reader = self._generation.reader
                 self._take(reader.flush(cut=event.reason == "length") if reader else [])
-                self.completion = _completion(self._parts, event)
+                self.completion = _completion(self._parts, event, self._generation.sequence.adaptation)
         if self._ready:
-            return self._ready.popleft()
+            text, self.drafted = self._ready.popleft()
+            return text
         raise StopAsyncIteration
 
-    def _take(self, parts: list[Part]) -> None:
+    def _take(self, parts: list[Part], drafted: bool = False) -> None:
         self._parts += parts
-        self._ready.extend(part.text for part in parts if isinstance(part, Said))
+        self._ready.extend((part.text, drafted) for part in parts if isinstance(part, Said))
 
     async def finish(self) -> Completion:
         """Read to the end and return the whole answer."""
@@ -133,6 +140,7 @@ class Runtime:
         elif overrides:
             config = override(config, overrides)
         self.config = config
+        self._catalogue = Catalogue(Registry(config.home / "adapters"))
         self._progress = progress
         self._served: ServedModel | None = None
         self._closed = False
@@ -179,41 +187,49 @@ class Runtime:
         schema: Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
         tool_choice: str = "auto",
+        adapter: str | None = None,
         **options: Any,
     ) -> ChatStream:
         """Answer a conversation: messages of {"role", "content"}; options as in `SamplingOptions`.
 
         schema: the answer is JSON that it allows. tools: as in OpenAI's API; tool_choice: "auto", "none",
-        "required" or a tool's name. Calls stand in the stream's `completion`.
+        "required" or a tool's name. Calls stand in the stream's `completion`. adapter: name of one in the
+        registry, or NAME@DIGEST; None for the model alone.
         """
         form = _form(schema, tools, tool_choice)
         sampling = _sampling(options)
 
         async def begin() -> Generation:
-            return (await self.served.chat(messages, sampling, form))[0]
+            return (await (await self._model(adapter)).chat(messages, sampling, form))[0]
 
         return ChatStream(begin)
 
-    def generate(self, prompt: str | list[int], **options: Any) -> ChatStream:
+    def generate(self, prompt: str | list[int], *, adapter: str | None = None, **options: Any) -> ChatStream:
         """Continue a text (or token ids) as it is, without a chat template."""
         sampling = _sampling(options)
 
         async def begin() -> Generation:
-            return (await self.served.complete(prompt, sampling))[0]
+            return (await (await self._model(adapter)).complete(prompt, sampling))[0]
 
         return ChatStream(begin)
 
-    async def embed(self, text: str | list[int], *, truncate: bool = False) -> list[float]:
+    async def embed(
+        self, text: str | list[int], *, truncate: bool = False, adapter: str | None = None
+    ) -> list[float]:
         """The embedding [width] of a text, of length 1. truncate: cut a text that is too long."""
-        vector, _ = await self.served.embed(text, truncate=truncate)
+        vector, _ = await (await self._model(adapter)).embed(text, truncate=truncate)
         return vector
+
+    async def _model(self, adapter: str | None) -> ServedModel:
+        """The model, with an adapter if one is named, which stays as long as the answer refers to it."""
+        return self.served if adapter is None else await self._catalogue.apply(self.served, adapter)
 
     async def complete(self, prompt: str | list[int], **options: Any) -> Completion:
         """As `generate`, but the whole answer at once."""
         return await self.generate(prompt, **options).finish()
 
 
-def _completion(parts: Sequence[Part], finished: Finished) -> Completion:
+def _completion(parts: Sequence[Part], finished: Finished, adapter: Adaptation) -> Completion:
     begun = [part for part in parts if isinstance(part, CallBegins)]
     written = [part for part in parts if isinstance(part, CallArguments)]
     calls = (
@@ -227,6 +243,7 @@ def _completion(parts: Sequence[Part], finished: Finished) -> Completion:
         finish_reason=finished.reason,
         usage=finished.usage,
         timings=finished.timings,
+        adapter=adapter,
     )
 
 
@@ -323,7 +340,7 @@ def model_options(config: Config) -> ModelOptions:
     if not threads:
         from lichen.devices.probe import probe
 
-        threads = probe().physical_cores
+        threads = probe().threads
     return ModelOptions(
         context=config.context,
         slots=config.slots,
@@ -331,11 +348,15 @@ def model_options(config: Config) -> ModelOptions:
         queue=config.queue,
         spill_folder=config.home / "prefix-cache" if config.prefix_cache else None,
         spill_limit=config.prefix_cache,
+        adapters=config.adapter_memory,
         speculation=SpeculationOptions(
             drafters=config.speculation,
             draft_model=draft_file(config),
             answers_folder=config.home / "answers" if config.answer_memory else None,
             answers_limit=config.answer_memory,
+            draft_head=config.draft_head,
+            home=config.home,
+            distil_limit=config.distil_memory if config.journal != "off" else 0,
         ),
     )
 

@@ -32,8 +32,10 @@ FILE_VARIABLE = "LICHEN_CONFIG"
 FOREIGN_PREFIXES = (
     "LICHEN_TEST_",
     "LICHEN_BENCH_",
+    "LICHEN_DATA",
     "LICHEN_FLEET_PASSPHRASE",
-)  # tests, benchmarks, a passphrase
+    "LICHEN_FLEET_READER",
+)  # of tests and benchmarks, and secrets
 FILE_LIMIT = 1 << 20  # bytes
 HIDDEN = "(set, hidden)"
 _BOOLEANS = {
@@ -50,7 +52,7 @@ _BOOLEANS = {
 OriginKind = Literal["flag", "argument", "environment", "file", "default"]
 JournalPolicy = Literal["off", "ask", "all"]
 LogFormat = Literal["text", "json"]
-Speculation = Literal["auto", "off", "suffix", "model"]
+Speculation = Literal["auto", "off", "suffix", "model", "head"]
 LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 
 
@@ -171,8 +173,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         Speculation,
         _about(
             "How tokens are drafted, to be checked several in a step: suffix looks them up in the "
-            "conversation and in past answers, model asks the draft model, auto is both. Answers stay the "
-            "same, and nothing is drafted where that does not pay.",
+            "conversation and in past answers, model asks the draft model, head a draft head that learns "
+            "from kept answers, auto takes what there is. Answers stay the same, and nothing is drafted "
+            "where that does not pay.",
             metavar="HOW",
         ),
     ] = "off"
@@ -184,6 +187,25 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             allowed="a model name or a path",
         ),
     ] = None
+    draft_head: Annotated[
+        Path | None,
+        _about(
+            "Draft head to begin with, as 'lichen distil' makes one, where none was learned here yet.",
+            metavar="FILE",
+        ),
+    ] = None
+    distil_memory: Annotated[
+        Annotated[int, Meta(ge=0, le=1 << 40)],
+        _about(
+            "Disk space under heads/ of the home for what a draft head learns from: only answers that the "
+            "journal may keep, only with speculation head or auto, and only where torch is installed; 0 "
+            "learns nothing. The files hold answers.",
+            metavar="BYTES",
+            allowed="a number of bytes, such as 100000000 or '100 MB'; 0 for none",
+            default="100 MB",
+            bytes=True,
+        ),
+    ] = 100_000_000
     answer_memory: Annotated[
         Annotated[int, Meta(ge=0, le=1 << 40)],
         _about(
@@ -195,6 +217,17 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             bytes=True,
         ),
     ] = 8_000_000
+    adapter_memory: Annotated[
+        Annotated[int, Meta(ge=1_000_000, le=1 << 50)],
+        _about(
+            "Memory for the adapters of one model; past it those go that nobody uses, the longest idle "
+            "first.",
+            metavar="BYTES",
+            allowed="a number of bytes from 1 MB to 1024 TiB, such as 500000000 or '2 GB'",
+            default="1 GB",
+            bytes=True,
+        ),
+    ] = 1_000_000_000
     keep_alive: Annotated[
         Annotated[float, Meta(ge=-1, le=31_536_000)],
         _about(
@@ -294,6 +327,32 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             bytes=True,
         ),
     ] = 2_000_000_000
+    adapters_limit: Annotated[
+        Annotated[int, Meta(ge=0, le=1 << 50)],
+        _about(
+            "Disk space under adapters/ of the home for versions of adapters. Past it the oldest go, but "
+            "never one that serves, nor the one before it.",
+            metavar="BYTES",
+            allowed="a number of bytes, such as 500000000 or '2 GB'",
+            default="2 GB",
+            bytes=True,
+        ),
+    ] = 2_000_000_000
+    gate_gain: Annotated[
+        Annotated[float, Meta(ge=0, le=1)],
+        _about(
+            "Share by which a new adapter must lower the loss on the held-out part of its lesson.",
+            metavar="SHARE",
+        ),
+    ] = 0.05
+    gate_general: Annotated[
+        Annotated[float, Meta(ge=0, le=10)],
+        _about("Share by which a new adapter may raise the loss on general answers.", metavar="SHARE"),
+    ] = 0.01
+    gate_earlier: Annotated[
+        Annotated[float, Meta(ge=0, le=10)],
+        _about("Share that a new adapter may lose of each earlier lesson.", metavar="SHARE"),
+    ] = 0.02
     fleet_updates: Annotated[
         bool,
         _about("Let a daemon on a machine of a fleet take the fleet's updates on its own."),

@@ -88,3 +88,15 @@ class SealedFile:
             return None
         sealed = header == self._header + hashlib.sha256(body).hexdigest().encode()
         return body if newline and sealed else None
+
+
+def sync_tree(folder: Path) -> None:
+    """Make a folder's files and its own entries durable, as they were written. Raises OSError."""
+    for path in folder.iterdir():
+        if path.is_file():
+            handle = os.open(path, os.O_RDWR)  # Windows syncs only what may be written
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+    sync_folder(folder)

@@ -28,6 +28,9 @@
     │   ├── JournalBusy               503  another process holds it, or too much waits to be written
     │   └── JournalFull               507  the disk is full or the journal's bound is reached
     ├── TrainingError                 500  an adapter cannot be trained so, or its training failed
+    ├── AdapterError                  422  an adapter that breaks its format's rules or does not fit its model
+    ├── RegistryError                 409  the registry of adapters cannot do that in the state it is in
+    │   └── GateError                 500  an adapter cannot be measured, so it is not served
     ├── FleetError                    500  membership of a fleet, or a fleet's repository, is not in order
     │   ├── TrustError                502  metadata or bytes of the fleet do not verify
     │   ├── MetadataExpired           503  the fleet's metadata is too old; updates stop, serving does not
@@ -284,6 +287,28 @@ class TrainingError(LichenError):
     """An adapter cannot be trained like this, or its training failed; the last checkpoint is kept."""
 
     code = "training_failed"
+
+
+class AdapterError(LichenError):
+    """An adapter that breaks its format's rules, or does not fit the model that it is for; never loaded."""
+
+    status = 422
+    code = "bad_adapter"
+    kind = "invalid_request_error"
+
+
+class RegistryError(LichenError):
+    """The registry of adapters cannot do that in the state it is in; nothing was changed."""
+
+    status = 409
+    code = "registry_conflict"
+    kind = "invalid_request_error"
+
+
+class GateError(TrainingError):
+    """An adapter cannot be measured well enough to decide on it."""
+
+    code = "gate_error"
 
 
 class FleetError(LichenError):

@@ -74,10 +74,20 @@ class AttentionPlan:
         if self.cache is not None:
             return self._attend_cached(layer, query, keys, values, scale, window)
         pieces = []
+        front = self.packed.shared
+        if front:
+            q, k, v = (_sequences(x[:front], 1) for x in (query, keys, values))
+            pieces.append(self._attention(q, k, v, scale, window).transpose(1, 2).flatten(0, 1))
+            before = k, v  # [1, heads, shared, width]
         for first, count, length in self.packed.spans():
             part = slice(first, first + count * length)
             # [sequences, heads, tokens, width]
             q, k, v = (_sequences(x[part], count) for x in (query, keys, values))
+            if front:
+                k, v = (
+                    torch.cat([old.expand(count, -1, -1, -1), new], dim=2)
+                    for old, new in zip(before, (k, v), strict=True)
+                )
             pieces.append(self._attention(q, k, v, scale, window).transpose(1, 2).flatten(0, 1))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 

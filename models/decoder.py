@@ -134,6 +134,8 @@ class Decoder(nn.Module):
             raise RequestError(f"Hidden states {start} to {last} are not within 0 to {len(self.blk)}.")
         if cache is not None and (start, last) != (0, len(self.blk)):
             raise RequestError("A KV cache needs all layers: it would hold tokens of some layers only.")
+        if cache is not None and packed.shared:
+            raise RequestError("A KV cache holds whole sequences: pack them without a shared beginning.")
         plan = AttentionPlan(packed, cache)
         tables = self._tables(plan.positions, start, last)
         kept = keep if keep is not None else {}

@@ -1,4 +1,7 @@
-"""Several sequences in one row of tokens, without padding: each sees itself alone, from position 0."""
+"""Several sequences in one row of tokens, without padding: each sees itself alone, from position 0.
+
+A beginning that all share may stand in the row once, before them; then each sees it and itself.
+"""
 
 from __future__ import annotations
 
@@ -14,29 +17,34 @@ from lichen.errors import RequestError
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """tokens: int64 [tokens], the sequences one after the other. lengths: tokens of each, at least one."""
+    """tokens: int64 [tokens], the sequences one after the other. lengths: tokens of each, at least one.
+
+    shared: tokens at the front of the row that come before every sequence, and count in none's length.
+    """
 
     tokens: Tensor
     lengths: tuple[int, ...]
+    shared: int = 0
 
     def __post_init__(self) -> None:
-        if not self.lengths or min(self.lengths) < 1 or self.tokens.shape != (sum(self.lengths),):
+        whole = self.shared + sum(self.lengths)
+        if not self.lengths or min(self.lengths) < 1 or self.shared < 0 or self.tokens.shape != (whole,):
             raise RequestError(
-                f"Lengths {list(self.lengths)} do not make up a row of {list(self.tokens.shape)} tokens; "
-                "each sequence needs at least one."
+                f"Lengths {list(self.lengths)} do not make up a row of {list(self.tokens.shape)} tokens, "
+                f"{self.shared} of them shared; each sequence needs at least one."
             )
 
     def positions(self, starts: Sequence[int] | None = None) -> Tensor:
-        """int64 [tokens]; starts: the first position of each sequence, 0 unless given."""
-        firsts = starts or [0] * len(self.lengths)
+        """int64 [tokens]; starts: the first position of each sequence, `shared` unless given."""
+        firsts = starts or [self.shared] * len(self.lengths)
         pieces = [
             torch.arange(first, first + length) for first, length in zip(firsts, self.lengths, strict=True)
         ]
-        return torch.cat(pieces).to(self.tokens.device)
+        return torch.cat([torch.arange(self.shared), *pieces]).to(self.tokens.device)
 
     def spans(self) -> list[tuple[int, int, int]]:
         """Runs of sequences of one length: (first token, sequences, tokens of each)."""
-        found, first = [], 0
+        found, first = [], self.shared
         for length, run in groupby(self.lengths):
             count = len(list(run))
             found.append((first, count, length))
@@ -44,14 +52,17 @@ class Packed:
         return found
 
     def split(self, values: Tensor) -> tuple[Tensor, ...]:
-        """values [tokens, ...] by sequence."""
-        return torch.split(values, list(self.lengths))
+        """values [tokens, ...] by sequence, without what they share."""
+        return torch.split(values[self.shared :], list(self.lengths))
 
 
-def pack(sequences: Sequence[Sequence[int]], device: torch.device | None = None) -> Packed:
+def pack(
+    sequences: Sequence[Sequence[int]], device: torch.device | None = None, *, shared: Sequence[int] = ()
+) -> Packed:
     """Pack lists of token ids. Sequences of equal length cost least side by side.
 
-    Raises RequestError for an empty sequence, or none.
+    shared: token ids that come before each of them. Raises RequestError for an empty sequence, or none.
     """
-    flat = [token for sequence in sequences for token in sequence]
-    return Packed(torch.tensor(flat, dtype=torch.int64, device=device), tuple(map(len, sequences)))
+    flat = [*shared, *(token for sequence in sequences for token in sequence)]
+    lengths = tuple(map(len, sequences))
+    return Packed(torch.tensor(flat, dtype=torch.int64, device=device), lengths, len(shared))

@@ -77,6 +77,11 @@ def check_gguf(path: Path) -> GGUFSummary:
     return _with_header(path, _summary)
 
 
+def header_of(path: Path) -> Header:
+    """The header of any GGUF (a model's or an adapter's), its format checked. Raises ModelFileError."""
+    return _with_header(path, lambda _data, header: header)
+
+
 def tensor_places(path: Path) -> list[TensorPlace]:
     """Where the tensors of any GGUF lie (a model's or an adapter's), in the order of their bytes.
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from lichen.errors import EngineError
+from lichen.runtime.native import DECODE_NO_KV_SLOT
 from lichen.runtime.scheduler import Chunk
 from lichen.runtime.sequence import Sequence
 
@@ -34,3 +36,9 @@ def slot_of(sequence: Sequence) -> int:
     """The slot of a running sequence."""
     assert sequence.slot is not None, "a running sequence has a slot"
     return sequence.slot
+
+
+def decode_error(code: int) -> EngineError:
+    """What a code of llama_decode other than 0 means for the sequences of its batch."""
+    reason = "found no room in the KV cache" if code == DECODE_NO_KV_SLOT else f"failed with code {code}"
+    return EngineError(f"The engine could not compute this answer: decoding {reason}.", hint="Try again.")

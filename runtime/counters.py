@@ -9,7 +9,8 @@ class Counters(msgspec.Struct):
     """What the engine has done since it started, and what it holds now (tokens, sequences, steps).
 
     ttft_s: seconds from submission to the first token, summed over `first_tokens` answers. drafts: how often
-    drafted tokens were checked, each time `draft_tokens` of a sequence.
+    drafted tokens were checked, each time `draft_tokens` of a sequence. adapter_switches: steps that had
+    another adapter than the one before.
     """
 
     requests: int = 0
@@ -25,6 +26,7 @@ class Counters(msgspec.Struct):
     first_tokens: int = 0
     ttft_s: float = 0.0
     steps: int = 0
+    adapter_switches: int = 0
     drafts: int = 0
     draft_tokens: int = 0
     draft_accepted: int = 0

@@ -52,11 +52,11 @@ class Drawing:
             self._trail.append((self._drawn, _logprob(self._model, row, token, self._top)))
         return token
 
-    def show(self, token: int) -> Piece | None:
-        """Text that is certain after this token, if any."""
+    def show(self, token: int, drafted: bool = False) -> Piece | None:
+        """Text that is certain after this token, if any. drafted: the token had been guessed."""
         piece = self._model.piece(token)
         self._drawn += len(piece)
-        return self._piece(self._text.feed(piece))
+        return self._piece(self._text.feed(piece), drafted)
 
     def flush(self) -> Piece | None:
         """What is left once no more tokens come."""
@@ -76,16 +76,16 @@ class Drawing:
         """Free the sampler chain; idempotent."""
         self._sampler.close()
 
-    def _piece(self, text: str) -> Piece | None:
+    def _piece(self, text: str, drafted: bool = False) -> Piece | None:
         if not text:
             return None
         if self._top is None:
-            return Piece(text)
+            return Piece(text, drafted=drafted)
         self._shown += len(text.encode("utf-8", "replace"))
         tokens = []
         while self._trail and self._trail[0][0] < self._shown:
             tokens.append(self._trail.popleft()[1])
-        return Piece(text, tuple(tokens))
+        return Piece(text, tuple(tokens), drafted)
 
 
 def _logprob(model: Model, logits: Any, token: int, top: int) -> TokenLogprob:

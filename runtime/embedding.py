@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lichen.errors import ContextOverflow, LichenError, RequestError
+from lichen.runtime.adaptation import PLAIN, Adaptation
 from lichen.runtime.native import EmbeddingContext
 
 if TYPE_CHECKING:
@@ -35,8 +36,8 @@ class Embedder:
         self.limit = min(engine.context.context, MAX_CONTEXT)
         engine.on_close(self._close)
 
-    async def embed(self, tokens: Sequence[int]) -> list[float]:
-        """The vector [width] of a tokenized text, of length 1.
+    async def embed(self, tokens: Sequence[int], adaptation: Adaptation = PLAIN) -> list[float]:
+        """The vector [width] of a tokenized text, of length 1. The adapter must be in memory meanwhile.
 
         Raises ContextOverflow for more than `limit` tokens, RequestError for none, Unavailable on closing.
         """
@@ -45,7 +46,7 @@ class Embedder:
         if len(tokens) > self.limit:
             raise ContextOverflow(len(tokens), self.limit, param="input")
         async with self._turn:
-            pooled = _Pooled()
+            pooled = _Pooled(adaptation)
             step = CHUNK if self._model.causal else self.limit
             for start in range(0, len(tokens), step):
                 await self._on_engine(list(tokens), start, step, pooled)
@@ -58,7 +59,7 @@ class Embedder:
         def work() -> None:
             error: BaseException | None = None
             try:
-                pooled.add(self._states(tokens[start : start + step], start))
+                pooled.add(self._states(tokens[start : start + step], start, pooled.adaptation))
             except LichenError as caught:
                 error = caught
             loop.call_soon_threadsafe(_settle, done, error)
@@ -66,7 +67,7 @@ class Embedder:
         self._engine.call(work)
         await done
 
-    def _states(self, tokens: list[int], start: int) -> Any:
+    def _states(self, tokens: list[int], start: int, adaptation: Adaptation) -> Any:
         if self._context is None:
             self._context = EmbeddingContext(
                 self._model,
@@ -74,10 +75,12 @@ class Embedder:
                 batch=CHUNK if self._model.causal else self.limit,
                 threads=self._threads,
             )
+        self._engine.adapters.apply(adaptation, self._context)
         return self._context.states(tokens, start)
 
     def _close(self) -> None:
         if self._context is not None:
+            self._engine.adapters.forget(self._context)
             self._context.close()
             self._context = None
 
@@ -94,7 +97,8 @@ def _settle(future: asyncio.Future[None], error: BaseException | None) -> None:
 class _Pooled:
     """Running sum, first and last of a text's hidden states, each [width] float32."""
 
-    def __init__(self) -> None:
+    def __init__(self, adaptation: Adaptation) -> None:
+        self.adaptation = adaptation
         self._count = 0
         self._sum: Any = None
         self._first: Any = None

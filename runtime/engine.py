@@ -19,30 +19,29 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Sequence as Items
 from dataclasses import replace
 
 import msgspec
 
 from lichen.errors import ContextOverflow, EngineError, LichenError, Unavailable
+from lichen.runtime.adapter_bank import AdapterBank
 from lichen.runtime.admission import Admission, State
-from lichen.runtime.batch import pack, slot_of
+from lichen.runtime.batch import decode_error, pack, slot_of
 from lichen.runtime.counters import Counters
 from lichen.runtime.drawing import Drawing
 from lichen.runtime.generation import deliver
 from lichen.runtime.metrics import EngineObserver
-from lichen.runtime.native import DECODE_NO_KV_SLOT, DECODE_OK, Context, Model
+from lichen.runtime.native import DECODE_OK, Context, Model
 from lichen.runtime.scheduler import Budget, Chunk, Scheduler
 from lichen.runtime.sequence import Failed, Finished, FinishReason, Prefill, Sequence
 from lichen.runtime.slots import SlotPool
 from lichen.runtime.speculation.plan import Speculation
 from lichen.runtime.speculation.verify import verify
-from lichen.runtime.spill import SpillStore
+from lichen.runtime.spill import SpillStores
 from lichen.runtime.warmth import Warmth
 
 log = logging.getLogger("lichen.engine")
-
-# Tokens that each waiting prompt may put between two tokens of a stream: bounds the gaps between them.
-PREFILL_SHARE = 64
 
 
 class Engine:
@@ -54,27 +53,22 @@ class Engine:
         context: Context,
         *,
         queue_limit: int,
-        spill: SpillStore | None = None,
+        spill: SpillStores | None = None,
         speculation: Speculation | None = None,
     ) -> None:
         self.model = model
         self.context = context
         self.observer: EngineObserver | None = None
+        self.adapters = AdapterBank(model, context)  # of the engine thread
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._waiting: deque[Sequence] = deque()
         self._running: dict[Sequence, Drawing] = {}
         self._closers: list[Callable[[], None]] = []
         self._slots = SlotPool(context.slots)
         self._warmth = Warmth(context, self._slots, spill, self.call)
-        self._speculation = speculation or Speculation.off()
+        self.speculation = speculation or Speculation.off()
         self._stalled = False  # everything that waits, waits for the disk
-        self._scheduler = Scheduler(
-            Budget(
-                step=context.batch,
-                prompts_step=max(1, context.batch // 4),
-                share=min(PREFILL_SHARE, context.batch),
-            )
-        )
+        self._scheduler = Scheduler(Budget.of(context.batch))
         self._counters = Counters(free_slots=context.slots)
         self._admission = Admission(queue_limit + context.slots, queue_limit)
         self._thread = threading.Thread(target=self._run, name="lichen-engine", daemon=True)
@@ -93,7 +87,7 @@ class Engine:
                 raise ContextOverflow(len(sequence.prompt), self.context.context)
             sequence.options.check(self.model.vocab_size)
         self._admission.enter(len(sequences), self._counters)
-        self._inbox.put(lambda: self._waiting.extend(sequences))
+        self._inbox.put(lambda: self._enter(sequences))
 
     def cancel(self, sequence: Sequence) -> None:
         """End a sequence wherever it is; its cells are free before the next step. No event follows."""
@@ -116,6 +110,7 @@ class Engine:
         now.waiting = max(0, self._admission.count - now.running)
         now.restored_tokens = self._warmth.restored_tokens
         now.spilled_tokens = self._warmth.spilled_tokens
+        now.adapter_switches = self.adapters.switches
         return now
 
     def drain(self, timeout: float) -> bool:
@@ -157,8 +152,9 @@ class Engine:
             self._fail_all(Unavailable("lichen was closed."))
             for close in self._closers:
                 close()
-            self._speculation.close()
+            self.speculation.close()
             self._warmth.close(spill=self._admission.failure is None)
+            self.adapters.close()
             self.context.close()
 
     def _closed(self) -> bool:
@@ -178,6 +174,11 @@ class Engine:
             command()
             wait = False
 
+    def _enter(self, sequences: tuple[Sequence, ...]) -> None:
+        self._waiting.extend(sequences)
+        for sequence in sequences:
+            self.adapters.begin(sequence.adaptation)
+
     def _admit(self) -> None:
         """Give free slots to waiting sequences, oldest first."""
         if self.state == "failed":
@@ -187,7 +188,7 @@ class Engine:
             sequence = self._waiting.popleft()
             if sequence.options.deterministic:
                 self._start(sequence)
-            elif self._slots.worth_waiting(sequence.prompt, self._running):
+            elif self._slots.worth_waiting(sequence.prompt, self._running, sequence.adaptation):
                 passed.append(sequence)  # another sequence computes the same beginning right now
             elif self._warmth.waits(sequence):
                 passed.append(sequence)  # its beginning comes from the disk
@@ -199,7 +200,7 @@ class Engine:
         self._count_now()
 
     def _start(self, sequence: Sequence) -> None:
-        placement = self._slots.acquire(sequence.prompt)
+        placement = self._slots.acquire(sequence.prompt, sequence.adaptation)
         assert placement is not None, "admitted without a free slot"
         if sequence.options.deterministic:  # from an empty cache
             placement = replace(placement, reused=0, copy_from=None)
@@ -208,16 +209,17 @@ class Engine:
         sequence.computed = sequence.cached = reused
         sequence.admitted_at = time.perf_counter()
         self._running[sequence] = Drawing(self.model, sequence)
-        self._speculation.begin(sequence)
+        self.speculation.begin(sequence)
         self._counters.prompt_tokens += len(sequence.prompt)
         self._counters.cached_tokens += reused
 
     def _step(self) -> None:
         """One turn: plan, draft, decode, draw, deliver."""
         began, drawn = time.perf_counter(), self._counters.completion_tokens
-        chunks = self._speculation.extend(self._scheduler.plan(self._running))
+        chunks = self.speculation.extend(self._scheduler.plan(self._running))
         # llama.cpp computes streams together only where their slots follow on each other in the batch.
         chunks.sort(key=lambda chunk: slot_of(chunk.sequence))
+        switches = self.adapters.switches
         if not self._decode(chunks):
             return
         self._counters.steps += 1
@@ -234,19 +236,21 @@ class Engine:
             last += len(chunk.draft)
         deliver(chunk.sequence for chunk in chunks)
         drawn = self._counters.completion_tokens - drawn
-        self._speculation.stepped(chunks, drawn, time.perf_counter() - began)
+        if switches == self.adapters.switches:  # else its time says nothing about what tokens cost
+            self.speculation.stepped(chunks, drawn, time.perf_counter() - began)
 
     def _decode(self, chunks: list[Chunk]) -> bool:
         """Compute the chunks; on failure give the error to their sequences and try to recover."""
         batch = pack(chunks)
-        code = self.context.decode(*batch)
-        if code == DECODE_OK:
-            return True
-        log.error("llama_decode returned %d for %d tokens of %d sequences.", code, len(batch[0]), len(chunks))
-        reason = "found no room in the KV cache" if code == DECODE_NO_KV_SLOT else f"failed with code {code}"
-        error = EngineError(
-            f"The engine could not compute this answer: decoding {reason}.", hint="Try again."
-        )
+        try:
+            self.adapters.apply(chunks[0].sequence.adaptation)
+            code = self.context.decode(*batch)
+            if code == DECODE_OK:
+                return True
+            error: LichenError = decode_error(code)
+        except LichenError as caught:  # of the adapter
+            error = caught
+        log.error("A step of %d tokens of %d sequences failed: %s", len(batch[0]), len(chunks), error)
         for sequence in [chunk.sequence for chunk in chunks]:
             self._end(sequence, Failed(error), keep=0)
         self._recover()
@@ -275,12 +279,13 @@ class Engine:
             if position:  # the guess before it was right, so it is computed already
                 sequence.computed += 1
                 sequence.accepted += 1
-            return self._draw(sequence, last + position)
+            self.speculation.read(sequence, self.context, last + position)
+            return self._draw(sequence, last + position, chunk.draft[position : position + 1])
 
         sequence.drafted += len(chunk.draft)
         accepted = verify(chunk.draft, draw)
         if chunk.draft:
-            self._speculation.judge(chunk, accepted, self._counters)
+            self.speculation.judge(chunk, accepted, self._counters)
             if self.observer is not None:
                 self.observer.checked(accepted)
         if accepted < len(chunk.draft) and not self.context.truncate(slot, sequence.computed):
@@ -289,14 +294,14 @@ class Engine:
     def _forget_cells(self, sequence: Sequence, slot: int) -> None:
         """The context cannot take wrong guesses back: compute the sequence again, and draft no more."""
         log.warning("This model's memory cannot be cut, so speculation is off for it.")
-        self._speculation.stop()
+        self.speculation.stop()
         self.context.clear(slot)
         self._slots.update(slot, ())
         sequence.computed = 0
 
-    def _draw(self, sequence: Sequence, index: int) -> int | None:
+    def _draw(self, sequence: Sequence, index: int, guess: Items[int]) -> int | None:
         """Sample the next token of a sequence whose tokens are all computed, and what follows from it; None
-        when the answer has ended."""
+        when the answer has ended. guess: the drafted token in its place, if there is one."""
         drawing = self._running[sequence]
         now = time.perf_counter()
         if not sequence.drawn:
@@ -317,17 +322,17 @@ class Engine:
             return None
         sequence.tokens.append(token)
         self._counters.completion_tokens += 1
-        if reason := self._tell(sequence, token):
+        if reason := self._tell(sequence, token, drafted=token in guess):
             self._finish(sequence, reason)
             return None
         return token
 
-    def _tell(self, sequence: Sequence, token: int) -> FinishReason | None:
+    def _tell(self, sequence: Sequence, token: int, *, drafted: bool) -> FinishReason | None:
         """Give out the text of a drawn token; why the answer ends with it, if it does."""
         drawing = self._running[sequence]
         if self.model.is_end(token):
             return "stop"
-        if piece := drawing.show(token):
+        if piece := drawing.show(token, drafted):
             sequence.events.append(piece)
         if drawing.ended:
             return "stop"
@@ -359,13 +364,14 @@ class Engine:
         if drawing is not None:
             drawing.close()
             slot = slot_of(sequence)
-            self._speculation.end(sequence)
+            self.speculation.end(sequence)
             if not keep:
                 self.context.clear(slot)
             self._slots.release(slot, sequence.tokens[:keep])
             self._warmth.released(slot)
             sequence.slot = None
         self._warmth.forget(sequence)
+        self.adapters.end(sequence.adaptation)
         self._count_now()
         self._admission.leave()
 

@@ -84,8 +84,12 @@ class Generation:
         mailbox: Mailbox,
         cancel: Callable[[Sequence], None],
         reader: AnswerReader | None = None,
+        *,
+        keep: object = None,
     ) -> None:
+        """keep: whatever must live as long as this does."""
         self.sequence = sequence
+        self._keep = keep
         self.reader = reader  # splits a chat answer's text into its parts
         self.finished: Finished | None = None
         self._mailbox = mailbox

@@ -43,6 +43,7 @@ _REPACKED_ON_ARM = frozenset({"Q5_K", "Q6_K", "Q8_0"})
 # slots, batches of 64 to 1,024 tokens.
 _VOCABULARY_ENTRY = 184  # bytes a token or merge: text, hash tables
 _WIDTHS, _INNER_WIDTHS = 7, 2  # activations alive at once: of the model's width, of the feed-forward's
+_HEAD = 50_000_000  # bytes of a draft head as it is computed with, and of rows that wait to be collected
 _GRAPH_LAYER = 85_000  # bytes a layer: nodes of the graph and their bookkeeping
 _CANDIDATE = 12  # bytes a vocabulary entry while a token is drawn
 
@@ -87,6 +88,8 @@ def estimate(summary: GGUFSummary, options: ModelOptions) -> MemoryEstimate:
         kv=(_cell_bytes(summary) * context + _state_bytes(summary)) * options.slots,
         compute=activations + mask + logits + _GRAPH_LAYER * layers + _CANDIDATE * tokens,
     )
+    if options.speculation.heads:
+        whole = msgspec.structs.replace(whole, compute=whole.compute + _HEAD)
     draft = options.speculation.draft_model if options.speculation.thinks else None
     if draft is None:
         return whole

@@ -14,6 +14,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
+import re
 import sys
 import threading
 import types
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lichen.errors import EngineError, ModelFileError
+from lichen.errors import AdapterError, EngineError, ModelFileError
 
 log = logging.getLogger("lichen.native")
 
@@ -35,6 +36,8 @@ _POOLING = {"1": "mean", "2": "first", "3": "last"}
 _ATTRIBUTE_CONTROL = 1 << 3  # llama.h, enum llama_token_attr
 _ATTRIBUTE_USER_DEFINED = 1 << 4
 _LOG_LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}  # ggml.h
+KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8}  # ggml.h, enum ggml_type: what keys and values can be
+_BUFFER = re.compile(r"(compute|KV|RS|output) buffer size = +([0-9.]{1,12}) MiB")
 _library: Any = None
 _library_lock = threading.Lock()
 
@@ -82,6 +85,7 @@ def _library_with_log() -> Any:
 
 
 _log_callback: Any = None  # referenced for ever: the library keeps the pointer
+_told = threading.local()  # buffers: bytes by kind that the context being made on this thread tells of
 
 
 class _NativeLog:
@@ -97,8 +101,16 @@ class _NativeLog:
         if self._parts[-1].endswith("\n") or len(self._parts) > 256:
             line = "".join(self._parts).strip()
             self._parts.clear()
+            if found := _BUFFER.search(line):
+                told: dict[str, int] = getattr(_told, "buffers", {})
+                told[found[1]] = told.get(found[1], 0) + int(float(found[2]) * (1 << 20))
             if line:
                 log.log(self._level, "%s", line)
+
+
+def gpu_offload() -> bool:
+    """Whether the native library can compute on a GPU of this machine."""
+    return bool(_library_with_log().llama_supports_gpu_offload())
 
 
 def version() -> str:
@@ -235,16 +247,50 @@ class Model:
         return end
 
 
+class Adapter:
+    """A LoRA adapter in memory over a model; `Context.adapt` applies it. Belongs to the engine's thread.
+
+    Raises AdapterError when llama.cpp refuses the file. Check it with `quant.adapter_check` first.
+    """
+
+    def __init__(self, model: Model, path: Path) -> None:
+        self._lib = model._lib
+        self._pointer = self._lib.llama_adapter_lora_init(model._pointer, str(path).encode())
+        if not self._pointer:
+            raise AdapterError(
+                f"llama.cpp {version()} cannot load the adapter {path}.",
+                hint="Run again with --log-level info to see its reason.",
+            )
+
+    def close(self) -> None:
+        """Give the memory back; idempotent. No context may have it applied, and the model must be open."""
+        if self._pointer:
+            self._lib.llama_adapter_lora_free(self._pointer)
+            self._pointer = None
+
+
+def _adapt(lib: Any, context: Any, adapter: Adapter | None, scale: float) -> None:
+    """Replace the whole set of adapters of a native context."""
+    count = 0 if adapter is None else 1
+    pointers = (lib.llama_adapter_lora_p_ctypes * 1)()
+    if adapter is not None:
+        pointers[0] = adapter._pointer
+    code = lib.llama_set_adapters_lora(context, pointers, count, (ctypes.c_float * 1)(scale))
+    if code != 0:
+        raise EngineError(f"llama.cpp could not apply an adapter (code {int(code)}).")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContextSize:
     """How much a context holds: `slots` sequences of `context` tokens each, `batch` tokens a decode, of
-    which `outputs` may have logits (0: one a slot)."""
+    which `outputs` may have logits (0: one a slot). kv: how keys and values are stored, of `KV_TYPES`."""
 
     context: int
     slots: int
     threads: int
     batch: int = 512
     outputs: int = 0
+    kv: str = "f16"
 
 
 class Context:
@@ -262,9 +308,13 @@ class Context:
         self.outputs = params.n_outputs_max = max(size.slots, size.outputs)
         params.n_threads = params.n_threads_batch = size.threads
         params.flash_attn_type = _FLASH_ATTENTION_ENABLED
+        params.type_k = params.type_v = KV_TYPES[size.kv]
         params.kv_unified = False
         params.no_perf = True
+        self.buffers: dict[str, int] = {}  # bytes by kind (KV, compute, output), as llama.cpp tells them
+        _told.buffers = self.buffers
         self._pointer = lib.llama_init_from_model(model._pointer, params)
+        _told.buffers = {}
         if not self._pointer:
             raise EngineError(
                 f"llama.cpp could not make a context of {size.slots} x {size.context} tokens.",
@@ -276,7 +326,10 @@ class Context:
         self.slots = size.slots
         self.batch = size.batch
         self.layout = f"streams, flash attention, {self.context} tokens"  # a saved state fits only this
-        self.kv_type = "f16"  # llama.cpp's default
+        self.kv_type = size.kv
+        self.hidden = int(lib.llama_model_n_embd(model._pointer))
+        self.wants_states = False  # hidden states too, in steps whose tokens all have logits
+        self.has_states = False  # the last step gave them
         self.copying = False  # a copy is ordered and not carried out yet
         self._allocate_batch(size.batch)
 
@@ -300,6 +353,13 @@ class Context:
         batch.seq_id = ctypes.cast(self._slot_pointers, ctypes.POINTER(pointer))
         batch.logits = ctypes.cast(self._outputs, ctypes.POINTER(ctypes.c_int8))
 
+    def adapt(self, adapter: Adapter | None, scale: float) -> None:
+        """Compute with this adapter from here on, None for none; the next decode is slower for a change.
+
+        What slots hold already stays as it was computed. Raises EngineError.
+        """
+        _adapt(self._lib, self._pointer, adapter, scale)
+
     def close(self) -> None:
         """Give the KV cache and compute buffers back; idempotent."""
         if self._pointer:
@@ -322,9 +382,18 @@ class Context:
         for column, values in columns:
             column[:count] = values
         self._batch.n_tokens = count
+        # With states, llama.cpp would compute logits for every token of a prompt.
+        states = self.wants_states and sum(outputs) == count
+        if states != self.has_states:
+            self.has_states = states
+            self._lib.llama_set_embeddings(self._pointer, states)
         code = int(self._lib.llama_decode(self._pointer, self._batch))
         self.copying = self.copying and code != DECODE_OK
         return code
+
+    def set_threads(self, threads: int) -> None:
+        """Compute with so many threads from the next decode on."""
+        self._lib.llama_set_n_threads(self._pointer, threads, threads)
 
     def truncate(self, slot: int, length: int) -> bool:
         """Keep the first `length` tokens of a slot. False: this model's memory cannot be cut there."""
@@ -378,6 +447,14 @@ class Context:
         address = ctypes.addressof(pointer.contents)
         return np.ctypeslib.as_array(self._row.from_address(address))
 
+    def state(self, index: int) -> Any:
+        """Last hidden state [hidden] float32, normalized, after batch entry `index`: a view, valid until the
+        next decode; only where `has_states`."""
+        import numpy as np
+
+        pointer = self._lib.llama_get_embeddings_ith(self._pointer, index)
+        return np.ctypeslib.as_array(pointer, shape=(self.hidden,))
+
 
 class EmbeddingContext:
     """Gives the hidden states of one text at a time; one sequence, states of every token."""
@@ -398,6 +475,10 @@ class EmbeddingContext:
         self._width = int(lib.llama_model_n_embd(model._pointer))
         self._memory = lib.llama_get_memory(self._pointer)
         self._batch = lib.llama_batch_init(batch, 0, 1)
+
+    def adapt(self, adapter: Adapter | None, scale: float) -> None:
+        """As `Context.adapt`."""
+        _adapt(self._lib, self._pointer, adapter, scale)
 
     def states(self, tokens: list[int], start: int) -> Any:
         """Hidden states [tokens, width] float32 of a text's tokens from position `start` on (0: a new text).

@@ -27,6 +27,10 @@ class PrefixTree:
         self._root = _Node([], set())
         self._paths: dict[int, list[int]] = {}
 
+    def __bool__(self) -> bool:
+        """Whether any slot has a path."""
+        return bool(self._paths)
+
     def assign(self, slot: int, tokens: Sequence[int]) -> None:
         """Make `tokens` the path of `slot`; an empty path forgets the slot."""
         old = self._paths.get(slot)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import msgspec
 
+from lichen.runtime.adapters import AdapterStatus
+
 if TYPE_CHECKING:
     from lichen.runtime.memory import Fitted
     from lichen.runtime.served_model import ServedModel
@@ -20,7 +22,8 @@ State = Literal["loading", "ready", "unloading"]
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     """A model that could be loaded. size in bytes; sha256 empty for a file outside the store.
 
-    capabilities: as `runtime.chat.capabilities` names them; none of a file that cannot be read.
+    capabilities: as `runtime.chat.capabilities` names them; none of a file that cannot be read. base and
+    adapter: of a model with an adapter, the model's name and the adapter's digest.
     """
 
     name: str
@@ -30,6 +33,8 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     architecture: str = ""
     context_train: int = 0
     capabilities: tuple[str, ...] = ()
+    base: str = ""
+    adapter: str = ""
 
 
 class Shelf(Protocol):
@@ -139,6 +144,7 @@ class Resident:
             queue={"waiting": counters.waiting, "limit": model.options.queue},
             kv={"cells_used": counters.cells_used, "cells_total": info.context * info.slots},
             counters=msgspec.to_builtins(counters),
+            adapters=model.adapters.status(),
         )
 
 
@@ -146,7 +152,7 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One model in the pool as people and clients see it.
 
     estimate and measured_bytes in bytes; idle_s None while it is used; expires_in_s None where it is never
-    unloaded by the clock; context, slots, queue, kv and counters only of a model that is ready.
+    unloaded by the clock; context, slots, queue, kv, counters and adapters only of a model that is ready.
     """
 
     name: str
@@ -169,6 +175,7 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     queue: dict[str, int] = {}
     kv: dict[str, int] = {}
     counters: dict[str, Any] = {}
+    adapters: list[AdapterStatus] = []
 
 
 def _estimate(fitted: Fitted | None) -> dict[str, int]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from lichen.errors import LichenError, RequestError
+from lichen.runtime.adaptation import PLAIN, Adaptation
 
 if TYPE_CHECKING:
     from lichen.runtime.constraint import Constraint
@@ -43,6 +44,7 @@ class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True):
     the bit (docs/determinism.md); slower, also for others.
     speculation: whether tokens may be drafted and checked several at a time, where the daemon does that
     (docs/speculation.md); it changes the speed, not what is drawn.
+    adapter_scale: how strongly the adapter counts that the model's name asks for; 0 is the model alone.
     """
 
     max_tokens: int | None = None
@@ -59,6 +61,7 @@ class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True):
     top_logprobs: int | None = None
     deterministic: bool = False
     speculation: bool = True
+    adapter_scale: float = 1.0
 
     def check(self, vocab_size: int) -> None:
         """Raise RequestError naming the first field out of its range."""
@@ -70,6 +73,7 @@ class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True):
         _in_range("repeat_penalty", self.repeat_penalty, 0.01, 100)
         _in_range("frequency_penalty", self.frequency_penalty, -2, 2)
         _in_range("presence_penalty", self.presence_penalty, -2, 2)
+        _in_range("adapter_scale", self.adapter_scale, -16, 16)
         _in_range("seed", self.seed, -(1 << 63), (1 << 64) - 1)
         _in_range("top_logprobs", self.top_logprobs, 0, MAX_TOP_LOGPROBS)
         if len(self.stop) > MAX_STOP_STRINGS:
@@ -141,11 +145,13 @@ class TokenLogprob:
 class Piece:
     """New text; never half a character, never part of a stop string.
 
-    tokens: those that begin within the text up to here, where log-probabilities were asked for.
+    tokens: those that begin within the text up to here, where log-probabilities were asked for. drafted:
+    whether the token that completed it had been guessed.
     """
 
     text: str
     tokens: tuple[TokenLogprob, ...] = ()
+    drafted: bool = False
 
 
 @dataclass(slots=True, frozen=True)
@@ -171,7 +177,8 @@ Event = Prefill | Piece | Finished | Failed
 class Sequence:
     """A live request. `prompt` is not empty and leaves at least one cell of the context free.
 
-    owner: whose past answers may help with drafts: the id of an API key, or LOCAL.
+    owner: whose past answers may help with drafts: the id of an API key, or LOCAL. adaptation: what it is
+    computed with, from its admission to its last token. kept: whether its content may be kept to learn from.
     """
 
     prompt: list[int]
@@ -179,6 +186,8 @@ class Sequence:
     mailbox: Mailbox
     constraint: Constraint | None = None
     owner: str = LOCAL
+    adaptation: Adaptation = PLAIN
+    kept: bool = False
     id: int = field(default_factory=lambda: next(_ids))
     tokens: list[int] = field(init=False)
     computed: int = 0

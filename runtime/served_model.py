@@ -7,6 +7,7 @@ submit a sequence to the engine. The HTTP daemon and the embedded API are both u
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
@@ -17,6 +18,8 @@ from typing import TYPE_CHECKING, TypeVar
 import msgspec
 
 from lichen.errors import RequestError, UnsupportedField
+from lichen.runtime.adaptation import PLAIN, Adaptation
+from lichen.runtime.adapters import DEFAULT_LIMIT, Adapters, Lease
 from lichen.runtime.answer import THINK_BEGIN, THINK_END, AnswerReader, Thinking
 from lichen.runtime.answer_form import AnswerForm, Schema
 from lichen.runtime.chat import Message, capabilities
@@ -32,7 +35,7 @@ from lichen.runtime.prompt import PromptWriter
 from lichen.runtime.sequence import LOCAL, SamplingOptions
 from lichen.runtime.sequence import Sequence as LiveSequence
 from lichen.runtime.speculation.build import SpeculationOptions, build
-from lichen.runtime.spill import CacheKey, SpillStore
+from lichen.runtime.spill import CacheKey, SpillStores
 
 if TYPE_CHECKING:
     from lichen.runtime.memory import Fitted
@@ -47,7 +50,7 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How to run a model. context: tokens a sequence (0: what it was trained for). slots: sequences at
     once. threads: for computing. queue: sequences that may wait. batch: tokens a step. spill_folder: where
     long beginnings of prompts are kept, at most `spill_limit` bytes; None for nowhere. speculation: what
-    drafts tokens."""
+    drafts tokens. adapters: bytes that adapters in memory may take."""
 
     context: int = 4096
     slots: int = 4
@@ -57,6 +60,7 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
     spill_folder: Path | None = None
     spill_limit: int = 2_000_000_000
     speculation: SpeculationOptions = SpeculationOptions()
+    adapters: int = DEFAULT_LIMIT
 
     @property
     def outputs(self) -> int:
@@ -77,12 +81,23 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ServedModel:
-    """One loaded model. Make it with `load`; close it with `close`, which waits for nothing."""
+    """One loaded model. Make it with `load`; close it with `close`, which waits for nothing.
 
-    def __init__(self, name: str, sha256: str, model: Model, engine: Engine, options: ModelOptions) -> None:
+    path: its file.
+    """
+
+    def __init__(
+        self, name: str, sha256: str, path: Path, model: Model, engine: Engine, options: ModelOptions
+    ) -> None:
+        self.path = path
+        self.adapters = Adapters(engine, path, options.adapters)
+        self.adaptation = PLAIN
+        self._lease: Lease | None = None
         self.engine = engine
         self.options = options
         self.metrics = engine.observer = EngineMetrics()
+        self._speculation = engine.speculation
+        self.learning = engine.speculation.learning
         self.fitted: Fitted | None = None  # how it was made to fit in memory, where somebody asked
         self._model = model
         self._writer = PromptWriter(model)
@@ -136,23 +151,49 @@ class ServedModel:
         identity = sha256 or _file_identity(path)
         try:
             speculation = build(
-                model, context, options.speculation, identity=identity, threads=options.threads
+                model,
+                context,
+                options.speculation,
+                path=path,
+                sha256=sha256,
+                identity=identity,
+                threads=options.threads,
             )
         except BaseException:
             context.close()
             model.close()
             raise
-        spill = _spill_store(model, context, identity, options)
+        spill = _spill_stores(model, context, identity, options)
         engine = Engine(model, context, queue_limit=options.queue, spill=spill, speculation=speculation)
         try:
-            served = cls(name, sha256, model, engine, options)
+            served = cls(name, sha256, path, model, engine, options)
             if spill is not None:
-                spill.wait_ready(INDEX_S)
+                spill.of(PLAIN).wait_ready(INDEX_S)
+            if served.learning is not None:
+                served.learning.start(engine.call)
             return served
         except BaseException:
             engine.close()
             model.close()
             raise
+
+    async def adapted(self, adapter: str, digest: str | None, file: Path) -> ServedModel:
+        """This model as it answers with an adapter of that name, which stays in memory until `release` and
+        the end of what was asked of it; all else is shared. digest: None for the model alone under that name.
+
+        Raises what `Adapters.lease` raises.
+        """
+        view = copy.copy(self)
+        view.info = msgspec.structs.replace(self.info, name=f"{self.info.name}:{adapter}")
+        if digest is not None:
+            view._lease = await self.adapters.lease(digest, file)
+            view.adaptation = Adaptation(digest, 1.0)
+        return view
+
+    def release(self) -> None:
+        """Let the adapter of an adapted model go; idempotent."""
+        if self._lease is not None:
+            self._lease.close()
 
     async def chat(
         self,
@@ -162,14 +203,16 @@ class ServedModel:
         *,
         count: int = 1,
         owner: str = LOCAL,
+        kept: bool = False,
     ) -> list[Generation]:
-        """Answer a conversation `count` times, after one prefill. owner: whose past answers may help drafts.
+        """Answer a conversation `count` times, after one prefill. owner: whose past answers may help drafts;
+        kept: whether a draft head may learn from these.
 
         Raises what the template, the tokenizer, the grammar and `Engine.submit` raise.
         """
         work = functools.partial(self._chat_job, messages, form, count)
         tokens, constraints, reader = await self._prepare(work)
-        return self._submit(tokens, options, constraints, reader, owner=owner)
+        return self._submit(tokens, options, constraints, reader, owner=owner, kept=kept)
 
     async def complete(
         self,
@@ -179,6 +222,7 @@ class ServedModel:
         count: int = 1,
         schema: Schema = None,
         owner: str = LOCAL,
+        kept: bool = False,
     ) -> list[Generation]:
         """Continue a text, or token ids, as they are. schema: the continuation is JSON that it allows."""
         constraints: list[Constraint | None] = [None] * count
@@ -188,10 +232,10 @@ class ServedModel:
                 lambda: [self._grammars.constraint(grammar, param="response_format") for _ in range(count)]
             )
         if isinstance(prompt, list):
-            return self._submit(self._checked_tokens(prompt), options, constraints, owner=owner)
+            return self._submit(self._checked_tokens(prompt), options, constraints, owner=owner, kept=kept)
         encode = functools.partial(self.tokenize, prompt)
         tokens = encode() if len(prompt) < INLINE_CHARACTERS else await self._prepare(encode)
-        return self._submit(tokens, options, constraints, owner=owner)
+        return self._submit(tokens, options, constraints, owner=owner, kept=kept)
 
     async def embed(
         self, text: str | list[int], *, truncate: bool = False, dimensions: int | None = None
@@ -207,7 +251,7 @@ class ServedModel:
             tokens = await self._prepare(functools.partial(self.tokenize, text))
         if truncate:
             tokens = tokens[: self.embedder.limit]
-        vector = await self.embedder.embed(tokens)
+        vector = await self.embedder.embed(tokens, self.adaptation)
         if dimensions not in (None, len(vector)):
             raise UnsupportedField(
                 f"This model's embeddings have {len(vector)} dimensions; they cannot be cut to {dimensions}.",
@@ -252,9 +296,19 @@ class ServedModel:
         )
         return self._writer.tokens(text), constraints, reader
 
+    def flush_states(self) -> None:
+        """Write what was collected of answers up to now, for a draft head. Blocks."""
+        from lichen.runtime.speculation.distil import StateCollector
+
+        for reader in self._speculation.readers:
+            if isinstance(reader, StateCollector):
+                reader.flush()
+
     def close(self) -> None:
         """End what runs and give all memory back. Blocks; idempotent."""
         self._preparing.shutdown(wait=False, cancel_futures=True)
+        if self.learning is not None:
+            self.learning.close()
         self.engine.close()
         self._model.close()
 
@@ -266,10 +320,17 @@ class ServedModel:
         reader: Callable[[], AnswerReader] | None = None,
         *,
         owner: str,
+        kept: bool,
     ) -> list[Generation]:
         """One sequence for each constraint; with a seed, each further one has the next seed."""
         if not tokens:
             raise RequestError("The prompt is empty.", param="prompt")
+        if not self.adaptation and options.adapter_scale != 1:
+            raise RequestError(
+                "adapter_scale is for a model that is named with its adapter, as MODEL:ADAPTER.",
+                param="adapter_scale",
+            )
+        adaptation = self.adaptation.scaled(options.adapter_scale)
         sequences = []
         for number, constraint in enumerate(constraints):
             own = options
@@ -277,12 +338,20 @@ class ServedModel:
                 own = msgspec.structs.replace(options, seed=options.seed + number)
             sequences.append(
                 LiveSequence(
-                    prompt=tokens, options=own, mailbox=Mailbox(), constraint=constraint, owner=owner
+                    prompt=tokens,
+                    options=own,
+                    mailbox=Mailbox(),
+                    constraint=constraint,
+                    owner=owner,
+                    adaptation=adaptation,
+                    kept=kept,
                 )
             )
         self.engine.submit(*sequences)
         return [
-            Generation(sequence, sequence.mailbox, self.engine.cancel, reader() if reader else None)
+            Generation(
+                sequence, sequence.mailbox, self.engine.cancel, reader() if reader else None, keep=self._lease
+            )
             for sequence in sequences
         ]
 
@@ -299,7 +368,7 @@ class ServedModel:
         return await asyncio.get_running_loop().run_in_executor(self._preparing, work)
 
 
-def _spill_store(model: Model, context: Context, identity: str, options: ModelOptions) -> SpillStore | None:
+def _spill_stores(model: Model, context: Context, identity: str, options: ModelOptions) -> SpillStores | None:
     """The prefix cache of this model on disk; None when it is off."""
     if options.spill_folder is None or not options.spill_limit:
         return None
@@ -312,7 +381,7 @@ def _spill_store(model: Model, context: Context, identity: str, options: ModelOp
         library_version=native_version(),
         context_layout=context.layout,
     )
-    return SpillStore(options.spill_folder, options.spill_limit, key)
+    return SpillStores(options.spill_folder, options.spill_limit, key)
 
 
 def _file_identity(path: Path) -> str:

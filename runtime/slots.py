@@ -1,6 +1,7 @@
 """Who sits in which slot of the KV cache, and which slot a new prompt should start from.
 
 A finished sequence leaves its tokens in its slot, so the next prompt that begins alike starts there.
+What a slot holds was computed with one adaptation, and serves only prompts with the same.
 Pure bookkeeping: the caller carries the decision out on the native context.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
+from lichen.runtime.adaptation import PLAIN, Adaptation
 from lichen.runtime.prefix import PrefixTree, shared_prefix
 from lichen.runtime.sequence import Sequence as LiveSequence
 
@@ -20,22 +22,24 @@ MIN_WAIT = 16  # tokens: a prompt waits for a running prefill if that saves at l
 class Placement:
     """Start in `slot` with its first `reused` tokens, copied from slot `copy_from` if that is given.
 
-    held: the tokens that were in the slot until now.
+    held: the tokens that were in the slot until now; held_with: what they were computed with.
     """
 
     slot: int
     reused: int
     copy_from: int | None
     held: Sequence[int] = field(default=(), compare=False)
+    held_with: Adaptation = field(default=PLAIN, compare=False)
 
 
 class SlotPool:
-    """Free and taken slots, and the prefix tree over what they hold."""
+    """Free and taken slots, and for each adaptation a prefix tree over what its slots hold."""
 
     def __init__(self, count: int) -> None:
         self.count = count
         self._free: dict[int, None] = dict.fromkeys(range(count))  # least recently used first
-        self._tree = PrefixTree()
+        self._trees: dict[Adaptation, PrefixTree] = {}
+        self._with: dict[int, Adaptation] = dict.fromkeys(range(count), PLAIN)
 
     @property
     def free(self) -> int:
@@ -45,31 +49,34 @@ class SlotPool:
     @property
     def held_tokens(self) -> int:
         """Tokens whose keys and values are kept, in live and in idle slots."""
-        return sum(len(self._tree.tokens(slot)) for slot in range(self.count))
+        return sum(len(self.tokens(slot)) for slot in range(self.count))
 
-    def acquire(self, prompt: Sequence[int]) -> Placement | None:
+    def acquire(self, prompt: Sequence[int], adaptation: Adaptation = PLAIN) -> Placement | None:
         """Take the best free slot for `prompt`; None when all are taken.
 
         At least the prompt's last token is left to compute: its logits are needed.
         """
         if not self._free:
             return None
-        placement = self._place(prompt)
-        placement = replace(placement, held=self._tree.tokens(placement.slot))
-        del self._free[placement.slot]
-        self._tree.assign(placement.slot, prompt[: placement.reused])
+        placement = self._place(prompt, adaptation)
+        slot = placement.slot
+        placement = replace(placement, held=self.tokens(slot), held_with=self._with[slot])
+        del self._free[slot]
+        self.update(slot, ())
+        self._with[slot] = adaptation
+        self.update(slot, prompt[: placement.reused])
         return placement
 
-    def _place(self, prompt: Sequence[int]) -> Placement:
-        length, holders = self._tree.match(prompt)
+    def _place(self, prompt: Sequence[int], adaptation: Adaptation) -> Placement:
+        length, holders = self._match(prompt, adaptation)
         length = min(length, len(prompt) - 1)
-        oldest = min(self._free, key=lambda slot: len(self._tree.tokens(slot)) > 0)  # empty ones first
+        oldest = min(self._free, key=lambda slot: len(self.tokens(slot)) > 0)  # empty ones first
         if length <= 0:
             return Placement(oldest, 0, None)
         idle = [slot for slot in holders if slot in self._free]
         if idle:
-            nearest = min(idle, key=lambda slot: len(self._tree.tokens(slot)))
-            lost = len(self._tree.tokens(nearest)) - length
+            nearest = min(idle, key=lambda slot: len(self.tokens(slot)))
+            lost = len(self.tokens(nearest)) - length
             if lost <= length or nearest == oldest:
                 return Placement(nearest, length, None)
             # Cutting a long conversation down to a short shared beginning would waste it: copy instead.
@@ -77,28 +84,47 @@ class SlotPool:
             return Placement(oldest, length, None)
         return Placement(oldest, length, min(holders)) if length >= MIN_COPY else Placement(oldest, 0, None)
 
+    def _match(self, prompt: Sequence[int], adaptation: Adaptation) -> tuple[int, frozenset[int]]:
+        tree = self._trees.get(adaptation)
+        return tree.match(prompt) if tree is not None else (0, frozenset())
+
     def tokens(self, slot: int) -> Sequence[int]:
         """What a slot holds."""
-        return self._tree.tokens(slot)
+        tree = self._trees.get(self._with[slot])
+        return tree.tokens(slot) if tree is not None else ()
 
-    def longest(self, prompt: Sequence[int]) -> int:
+    def adaptation(self, slot: int) -> Adaptation:
+        """What the tokens of a slot were computed with."""
+        return self._with[slot]
+
+    def longest(self, prompt: Sequence[int], adaptation: Adaptation = PLAIN) -> int:
         """Tokens of the longest beginning of `prompt` that any slot holds."""
-        return self._tree.match(prompt)[0]
+        return self._match(prompt, adaptation)[0]
 
     def update(self, slot: int, tokens: Sequence[int]) -> None:
         """Tell what a slot holds now."""
-        self._tree.assign(slot, tokens)
+        adaptation = self._with[slot]
+        tree = self._trees.get(adaptation)
+        if tree is None:
+            if not tokens:
+                return
+            tree = self._trees[adaptation] = PrefixTree()
+        tree.assign(slot, tokens)
+        if not tree:
+            del self._trees[adaptation]
 
     def release(self, slot: int, tokens: Sequence[int]) -> None:
         """Give a slot back; it keeps `tokens` for whoever comes with the same beginning."""
-        self._tree.assign(slot, tokens)
+        self.update(slot, tokens)
         self._free[slot] = None
 
-    def worth_waiting(self, prompt: Sequence[int], live: Iterable[LiveSequence]) -> bool:
+    def worth_waiting(
+        self, prompt: Sequence[int], live: Iterable[LiveSequence], adaptation: Adaptation = PLAIN
+    ) -> bool:
         """Whether a running prefill will soon hold much more of `prompt` than any slot does now."""
-        held, holders = self._tree.match(prompt)
+        held, holders = self._match(prompt, adaptation)
         for other in live:
-            if other.computed < len(other.prompt):
+            if other.computed < len(other.prompt) and other.adaptation == adaptation:
                 shared = min(shared_prefix(other.prompt, prompt), len(prompt) - 1)
                 elsewhere = 0 if other.slot in holders else held
                 if shared - elsewhere >= MIN_WAIT and other.computed < shared:

@@ -36,6 +36,7 @@ from typing import BinaryIO
 import msgspec
 
 from lichen.errors import DiskFull
+from lichen.runtime.adaptation import PLAIN, Adaptation
 from lichen.runtime.prefix import PrefixTree
 
 log = logging.getLogger("lichen.spill")
@@ -43,6 +44,7 @@ log = logging.getLogger("lichen.spill")
 MAGIC = b"LICHENKV"
 VERSION = 1
 MAX_TOKENS = 1 << 20  # in one entry: the largest context that can be configured
+MAX_STORES = 32  # indexes of adaptations in memory
 KEEP_FREE = 256 << 20  # bytes that a cache leaves to others on its disk
 STALE_S = 3600.0  # a half-written file this old belongs to nobody any more
 DIGEST = 32  # bytes: sha256, which processors compute themselves (46 MB in 26 ms; blake2b: 49)
@@ -297,6 +299,29 @@ class SpillStore:
         level = logging.DEBUG if self._complained else logging.WARNING
         self._complained = True
         log.log(level, "The prefix cache in %s cannot be used to %s: %s", self._root, verb, error)
+
+
+class SpillStores:
+    """The stores of one model under `folder`, one for each adaptation; made when it is first asked for.
+
+    plain: the key of the model without an adapter. Belongs to one thread.
+    """
+
+    def __init__(self, folder: Path, limit_bytes: int, plain: CacheKey) -> None:
+        self._folder, self._limit, self._plain = folder, limit_bytes, plain
+        self._stores: dict[Adaptation, SpillStore] = {PLAIN: SpillStore(folder, limit_bytes, plain)}
+
+    def of(self, adaptation: Adaptation) -> SpillStore:
+        """The store for what was computed so. The first call for an adapter starts to read its index."""
+        store = self._stores.get(adaptation)
+        if store is None:
+            if len(self._stores) > MAX_STORES:  # the files stay; an index is read again when it is needed
+                del self._stores[next(known for known in self._stores if known)]
+            key = msgspec.structs.replace(
+                self._plain, adapter_sha256=adaptation.digest, adapter_scale=adaptation.scale
+            )
+            store = self._stores[adaptation] = SpillStore(self._folder, self._limit, key)
+        return store
 
 
 def _digest(*parts: Payload) -> bytes:

@@ -9,7 +9,7 @@ Written are slots with many tokens that the disk does not know: when they are ab
 when the engine has had nothing to do for a moment, and when it closes. The whole slot is written, answer
 included, since a slot cannot be cut without losing what follows; a prompt matches as far as it agrees.
 Cells that were computed with another number of threads or in other batches are equal up to rounding, as
-they are between slots of one engine.
+they are between slots of one engine. What was computed with an adapter has entries of its own.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
+from lichen.runtime.adaptation import Adaptation
 from lichen.runtime.native import Context
 from lichen.runtime.sequence import Sequence as LiveSequence
 from lichen.runtime.slots import Placement, SlotPool
-from lichen.runtime.spill import SpillStore
+from lichen.runtime.spill import SpillStore, SpillStores
 
 MIN_RESTORE = 256  # tokens: computing these takes longer than reading them
 MIN_SPILL = 512  # tokens that the disk does not know yet
@@ -38,6 +39,7 @@ class _Read:
     """The one entry that is being read, and for whom. length: tokens of the prompt that it serves."""
 
     sequence: LiveSequence
+    store: SpillStore
     entry: int
     length: int
     data: bytearray | None = None
@@ -50,21 +52,21 @@ class _Read:
 class Warmth:
     """Fills slots for prompts and keeps what they held. call: runs a function on the engine thread.
 
-    Without a store it fills slots from other slots only.
+    Without stores it fills slots from other slots only.
     """
 
     def __init__(
         self,
         context: Context,
         slots: SlotPool,
-        store: SpillStore | None,
+        stores: SpillStores | None,
         call: Callable[[Callable[[], None]], None],
     ) -> None:
         self.restored_tokens = 0
         self.spilled_tokens = 0
         self._context = context
         self._slots = slots
-        self._store = store
+        self._stores = stores
         self._call = call
         self._read: _Read | None = None
         self._changed: dict[int, None] = {}  # idle slots that may hold something new, oldest first
@@ -86,12 +88,13 @@ class Warmth:
         if read is not None and read.sequence is sequence:
             # Cells may not be put into a slot while copies between slots are under way.
             return not read.done or (read.data is not None and self._context.copying)
-        found = self._find(sequence.prompt)
-        if found is None or self._store is None:
+        store = self._store(sequence.adaptation)
+        found = self._find(sequence, store)
+        if found is None or store is None:
             return False
         if read is None:
-            self._read = _Read(sequence, entry=found[1], length=found[0])
-            self._reader.submit(self._fetch, self._store, self._read)
+            self._read = _Read(sequence, store, entry=found[1], length=found[0])
+            self._reader.submit(self._fetch, self._read)
         return True
 
     def fill(self, sequence: LiveSequence, placement: Placement) -> int:
@@ -102,7 +105,7 @@ class Warmth:
         from_disk = read is not None and read.data is not None and read.length >= reused + MIN_RESTORE
         kept = 0 if from_disk or placement.copy_from is not None else reused
         if len(placement.held) - kept >= MIN_SPILL:
-            self._spill(slot, placement.held)
+            self._spill(slot, placement.held, placement.held_with)
         if read is not None and from_disk and not self._context.copying:
             reused = self._restore(read, slot)
         elif placement.copy_from is not None:
@@ -119,14 +122,14 @@ class Warmth:
 
     def released(self, slot: int) -> None:
         """A slot is idle now and keeps its tokens."""
-        if self._store is not None and len(self._slots.tokens(slot)) >= MIN_SPILL:
+        if self._stores is not None and len(self._slots.tokens(slot)) >= MIN_SPILL:
             self._changed[slot] = None
 
     def idle(self) -> None:
         """The engine has had nothing to do for a while: write one slot."""
         if self._changed:
             slot = next(iter(self._changed))
-            if self._spill(slot, self._slots.tokens(slot)):
+            if self._spill(slot, self._slots.tokens(slot), self._slots.adaptation(slot)):
                 del self._changed[slot]
 
     def close(self, *, spill: bool) -> None:
@@ -138,7 +141,7 @@ class Warmth:
         self._reader.shutdown(wait=False, cancel_futures=True)
         self._writer.shutdown(wait=True)
         self._read = None
-        if not spill or self._store is None:
+        if not spill or self._stores is None:
             return
         tokens = sorted(
             ((self._slots.tokens(slot), slot) for slot in range(self._slots.count)),
@@ -146,24 +149,30 @@ class Warmth:
             reverse=True,
         )
         for held, slot in tokens:
-            if time.monotonic() < deadline and self._worth_writing(held):
-                self._write(self._store, held, self._copy_out(slot, held))
+            store = self._store(self._slots.adaptation(slot))
+            if store is not None and time.monotonic() < deadline and self._worth_writing(store, held):
+                self._write(store, held, self._copy_out(slot, held))
 
-    def _find(self, prompt: Sequence[int]) -> tuple[int, int] | None:
+    def _store(self, adaptation: Adaptation) -> SpillStore | None:
+        return None if self._stores is None else self._stores.of(adaptation)
+
+    def _find(self, sequence: LiveSequence, store: SpillStore | None) -> tuple[int, int] | None:
         """What the disk holds of a prompt, if that is much more than any slot does."""
-        if self._store is None or len(prompt) <= MIN_RESTORE:
+        prompt = sequence.prompt
+        if store is None or len(prompt) <= MIN_RESTORE:
             return None
-        found = self._store.match(prompt)
+        found = store.match(prompt)
         if found is None:
             return None
         length = min(found[0], len(prompt) - 1)  # the last token is computed: its logits are needed
-        return (length, found[1]) if length - self._slots.longest(prompt) >= MIN_RESTORE else None
+        held = self._slots.longest(prompt, sequence.adaptation)
+        return (length, found[1]) if length - held >= MIN_RESTORE else None
 
-    def _fetch(self, store: SpillStore, read: _Read) -> None:
+    def _fetch(self, read: _Read) -> None:
         """On the reading thread."""
         data = None
         try:
-            data = store.read(read.entry)
+            data = read.store.read(read.entry)
         finally:
             self._call(partial(read.arrive, data))
 
@@ -176,28 +185,29 @@ class Warmth:
 
     def _restore(self, read: _Read, slot: int) -> int:
         """Put what was read into a slot; the tokens of the prompt that are there then."""
-        assert self._store is not None and read.data is not None, "something was read"
-        held = len(self._store.tokens(read.entry))
+        assert read.data is not None, "something was read"
+        held = len(read.store.tokens(read.entry))
         if self._context.restore(slot, read.data) and held in (0, self._context.cells(slot)):
             self.restored_tokens += read.length
             return read.length
         self._context.clear(slot)
-        self._store.discard(read.entry)
+        read.store.discard(read.entry)
         return 0
 
-    def _worth_writing(self, tokens: Sequence[int]) -> bool:
-        if self._store is None or len(tokens) < MIN_SPILL:
+    def _worth_writing(self, store: SpillStore, tokens: Sequence[int]) -> bool:
+        if len(tokens) < MIN_SPILL:
             return False
-        found = self._store.match(tokens)
+        found = store.match(tokens)
         return found is None or len(tokens) - found[0] >= MIN_SPILL
 
-    def _spill(self, slot: int, tokens: Sequence[int]) -> bool:
+    def _spill(self, slot: int, tokens: Sequence[int], adaptation: Adaptation) -> bool:
         """Copy a slot and have it written; False when the disk is behind, and nothing was done."""
-        if self._store is None or not self._worth_writing(tokens):
+        store = self._store(adaptation)
+        if store is None or not self._worth_writing(store, tokens):
             return True
         if not self._room.acquire(blocking=False):
             return False
-        self._writer.submit(self._write_queued, self._store, tokens, self._copy_out(slot, tokens))
+        self._writer.submit(self._write_queued, store, tokens, self._copy_out(slot, tokens))
         return True
 
     def _copy_out(self, slot: int, tokens: Sequence[int]) -> bytearray:

@@ -10,10 +10,14 @@ import typer
 
 import lichen
 from lichen.cli import (
+    adapters,
     answer,
     collect,
+    distil,
+    doctor,
     evaluate,
     feedback,
+    fingerprint,
     fleet,
     fleet_device,
     inspect,
@@ -43,15 +47,19 @@ for group in (
     models,
     quantize,
     evaluate,
+    fingerprint,
     keys,
     feedback,
     learn,
+    distil,
+    adapters,
     rollouts,
     collect,
     fleet,
     fleet_device,
     mixture,
     inspect,
+    doctor,
     top,
 ):
     group.register(app)

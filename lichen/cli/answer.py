@@ -45,10 +45,15 @@ def chat(
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     seed: Seed = None,
+    show_drafts: Annotated[
+        bool, typer.Option("--show-drafts", help="Colour what had been guessed (docs/speculation.md).")
+    ] = False,
     no_daemon: NoDaemon = False,
 ) -> None:
     """Chat with a model in the terminal."""
     options = _options(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    if show_drafts:
+        options["show_drafts"] = True
     config = config_of(context, model=model)
     _chat(config, system, options, model_given=model is not None, use_daemon=not no_daemon)
 
@@ -182,8 +187,12 @@ class Conversation:
             async with aclosing(self._who.stream(messages, self._options)) as pieces:  # type: ignore[type-var]
                 async for piece in pieces:
                     parts.append(piece)
-                    print(for_screen(piece), end="", flush=True)
+                    print(coloured(for_screen(piece), self._who.drafted), end="", flush=True)
             print()
+            if "show_drafts" in self._options:
+                timings = self._who.result.get("timings", {})
+                right, guessed = timings.get("draft_n_accepted", 0), timings.get("draft_n", 0)
+                print(f"({right} of {guessed} guessed tokens were right)", file=sys.stderr, flush=True)
         except asyncio.CancelledError:
             print("\n(stopped)", flush=True)
 
@@ -194,6 +203,11 @@ _CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - {ord("\t"), ord("\n")
 def for_screen(text: str) -> str:
     """A model's text without the control characters by which it could command a terminal."""
     return text.translate(_CONTROLS) if sys.stdout.isatty() else text
+
+
+def coloured(text: str, drafted: bool) -> str:
+    """On a terminal, green for text that had been guessed."""
+    return f"\x1b[32m{text}\x1b[0m" if drafted and sys.stdout.isatty() else text
 
 
 def read_message() -> str | None:

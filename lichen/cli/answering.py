@@ -21,10 +21,12 @@ Message = dict[str, str]
 
 
 class Answering(Protocol):
-    """Something that answers conversations. `result` holds the last answer's numbers."""
+    """Something that answers conversations. `result` holds the last answer's numbers; `drafted` says whether
+    the last piece had been guessed, where options say `show_drafts`."""
 
     label: str
     result: dict[str, Any]
+    drafted: bool
 
     def stream(self, messages: list[Message], options: dict[str, Any]) -> AsyncIterator[str]:
         """Text pieces of the answer; closing the iterator stops it."""
@@ -39,6 +41,7 @@ class DaemonAnswering:
         self._model = model
         self.label = label
         self.result: dict[str, Any] = {}
+        self.drafted = False
 
     async def stream(self, messages: list[Message], options: dict[str, Any]) -> AsyncIterator[str]:
         """Read the server-sent events of one chat completion. Raises Unavailable if they break off."""
@@ -68,6 +71,7 @@ class DaemonAnswering:
             event = json.loads(data)
             if "error" in event:
                 raise EngineError(str(event["error"]["message"]))
+            self.drafted = bool(event.get("lichen", {}).get("drafted"))
             self.result |= {name: event[name] for name in ("usage", "timings", "model") if event.get(name)}
             for choice in event["choices"]:
                 if choice["finish_reason"]:
@@ -84,13 +88,17 @@ class EmbeddedAnswering:
         self._runtime = runtime
         self.label = f"{runtime.served.info.name} in this process"
         self.result: dict[str, Any] = {}
+        self.drafted = False
 
     async def stream(self, messages: list[Message], options: dict[str, Any]) -> AsyncIterator[str]:
         """Pieces of one chat answer."""
         self.result = {}
-        stream = self._runtime.chat(messages, **options)
+        shown = options.get("show_drafts", False)
+        plain = {name: value for name, value in options.items() if name != "show_drafts"}
+        stream = self._runtime.chat(messages, **plain)
         try:
             async for piece in stream:
+                self.drafted = shown and stream.drafted
                 yield piece
         finally:
             await stream.aclose()
@@ -108,6 +116,8 @@ class EmbeddedAnswering:
                 "timings": {
                     "ttft_ms": round(timings.ttft_s * 1e3, 1),
                     "tokens_per_second": round(timings.tokens_per_second, 2),
+                    "draft_n": timings.draft_n,
+                    "draft_n_accepted": timings.draft_n_accepted,
                 },
             }
 

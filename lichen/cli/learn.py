@@ -55,15 +55,16 @@ def learn(
 
     if not NAME.fullmatch(name):
         raise RequestError(f"{name!r} cannot be a name: use lower-case letters, digits, '.', '_' and '-'.")
-    _require_torch()
+    require_torch()
     config = config_of(context, model=model)
     report = survey(file)
     _say(report)
-    path = _model_file(config)
+    path = model_file(config)
+    folder = config.home / "learning" / "jobs" / name
     task = Task(
         name=name,
         model=str(path.resolve()),
-        output=str((config.home / "adapters" / name).resolve()),
+        output=str((folder / "result").resolve()),
         lessons=hash_file(file),
         lora=LoRAOptions(rank=rank, alpha=2.0 * rank),
         objective="preference" if report.kind == "preference" else "supervised",
@@ -73,16 +74,17 @@ def learn(
         threads=model_options(config).threads,
         memory=_memory(),
     )
-    folder = config.home / "learning" / "jobs" / name
     prepare(folder, task, _examples(file, path, length))
     events = _follow(Training(folder))
     if events is None:
         typer.echo("Stopped; the same command goes on from the last step.", err=True)
         raise typer.Exit(130)
     _result(events)
+    _register(config, name, path, Path(events[1].folder))
 
 
-def _require_torch() -> None:
+def require_torch() -> None:
+    """Raises TrainingError where torch is not installed."""
     from importlib.util import find_spec
 
     if find_spec("torch") is None:
@@ -105,7 +107,8 @@ def _say(report: Report) -> None:
     typer.echo(f"{report.train:,} lessons to learn, {report.held_out:,} to measure with{more}.", err=True)
 
 
-def _model_file(config: Config) -> Path:
+def model_file(config: Config) -> Path:
+    """The configured model's file, fetched if need be."""
     from lichen.api import local_file
     from lichen.cli.models import PullDisplay
     from lichen.sync.store import Store
@@ -133,7 +136,8 @@ def _examples(file: Path, model: Path, length: int) -> Examples:
         teacher = Teacher(native, min(length, native.context_train or length))
         train = teacher.write(read_lessons(file, "train"))
         held_out = teacher.write(read_lessons(file, "held_out"))
-        known = teacher.write(general.lessons())
+        asked = [example.prompt for example in teacher.write(general.questions()).examples]
+        ends = [token for token in range(native.vocab_size) if native.is_end(token)]
     finally:
         native.close()
     if too_long := train.too_long + held_out.too_long:
@@ -142,7 +146,7 @@ def _examples(file: Path, model: Path, length: int) -> Examples:
         typer.echo(f"{refused:,} lessons are left out: {train.reason or held_out.reason}", err=True)
     if not train.examples:
         raise LessonError("No lesson of the file is left to learn from.", param="file")
-    return Examples(train=train.examples, held_out=held_out.examples, general=known.examples)
+    return Examples(train=train.examples, held_out=held_out.examples, asked=asked, ends=ends)
 
 
 def _memory() -> int:
@@ -221,7 +225,22 @@ def _result(events: tuple[list[Measured], Finished]) -> None:
     ]
     table("", ("MEASURED", "BEFORE", "AFTER"), rows)
     typer.echo(f"{finished.seconds:.0f} s, at most {megabytes(finished.memory)} of memory.")
-    typer.echo(finished.folder)
+
+
+def _register(config: Config, name: str, model: Path, place: Path) -> None:
+    """Put what was trained into the registry, where it waits for its promotion."""
+    import shutil
+
+    from lichen.adapters.lineage import ADAPTER, lineage_of
+    from lichen.adapters.registry import Registry
+
+    registry = Registry(config.home / "adapters", limit=config.adapters_limit)
+    lineage = lineage_of(place, base_name=config.model)
+    version = registry.add(name, place / ADAPTER, lineage, model=model)
+    shutil.rmtree(place, ignore_errors=True)  # the registry has it
+    typer.echo(f"{name} has the version {version.digest[:12]} now.", err=True)
+    typer.echo(f"Let it serve: lichen adapters promote {name} {version.digest[:12]}", err=True)
+    typer.echo(str(registry.place(name, version.digest).parent))
 
 
 def _number(value: float | None) -> str:

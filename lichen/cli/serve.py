@@ -56,11 +56,16 @@ def serve(
     threads: Annotated[Number, typer.Option(help="Threads that compute; 0: the physical cores.")] = None,
     queue: Annotated[Number, typer.Option(help="Requests that may wait for a slot.")] = None,
     prefix_cache: Annotated[Text, typer.Option(help="Bytes on disk for long prompts; 0 for none.")] = None,
-    speculation: Annotated[Text, typer.Option(help="How to draft: auto, off, suffix or model.")] = None,
+    speculation: Annotated[Text, typer.Option(help="How to draft: auto, off, suffix, model or head.")] = None,
     draft_model: Annotated[
         Text, typer.Option(help="Smaller model that drafts.", autocompletion=complete_model)
     ] = None,
+    draft_head: Annotated[Text, typer.Option(help="Draft head to begin with.")] = None,
+    distil_memory: Annotated[
+        Text, typer.Option(help="Bytes on disk for what a draft head learns from; 0 learns nothing.")
+    ] = None,
     answer_memory: Annotated[Text, typer.Option(help="Bytes on disk for past answers; 0 for none.")] = None,
+    adapter_memory: Annotated[Text, typer.Option(help="Bytes of memory for a model's adapters.")] = None,
     keep_alive: Annotated[
         float | None, typer.Option(help="Seconds that an idle model stays loaded; -1: for ever.")
     ] = None,
@@ -77,6 +82,7 @@ def serve(
     journal: Annotated[Text, typer.Option(help="Answers to keep for learning: off, ask or all.")] = None,
     journal_limit: Annotated[Text, typer.Option(help="Bytes on disk for kept answers.")] = None,
     files_limit: Annotated[Text, typer.Option(help="Bytes on disk for uploaded files.")] = None,
+    adapters_limit: Annotated[Text, typer.Option(help="Bytes on disk for versions of adapters.")] = None,
     log_level: Annotated[Text, typer.Option(help="debug, info, warning, error or critical.")] = None,
     log_format: Annotated[Text, typer.Option(help="text or json.")] = None,
 ) -> None:
@@ -124,6 +130,7 @@ def run_daemon(config: Config) -> None:
         learning_folder=config.home / "learning",
         journal_limit=config.journal_limit,
         files_limit=config.files_limit,
+        adapters_folder=config.home / "adapters",
     )
 
     pool_options = PoolOptions(

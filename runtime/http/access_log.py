@@ -1,7 +1,7 @@
 """The request log: one line a request to the logger `lichen.access`, and an id that client and log share.
 
-A line holds method, path, status, milliseconds, bytes sent, key id and request id. It never holds
-what was asked or answered, a query string, or a key.
+A line holds method, path, status, milliseconds, bytes sent, key id, the adapter that answered (its digest
+and scale) and request id. It never holds what was asked or answered, a query string, or a key.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable
 from aiohttp import web
 from aiohttp.abc import AbstractAccessLogger
 
+from lichen.runtime.adaptation import Adaptation
 from lichen.runtime.http.log_format import EXCHANGE, Exchange
 
 HEADER = "X-Request-Id"
@@ -50,6 +51,13 @@ async def name_request(_request: web.Request, response: web.StreamResponse) -> N
         response.headers[HEADER] = exchange.id
 
 
+def log_adapter(adaptation: Adaptation) -> None:
+    """The line of this request tells what it is answered with."""
+    exchange = EXCHANGE.get()
+    if exchange is not None and adaptation:
+        exchange.adapter = f"{adaptation.digest}*{adaptation.scale:g}"
+
+
 class AccessLog(AbstractAccessLogger):
     """aiohttp calls it once an answer is written, also for bytes that were no HTTP."""
 
@@ -77,10 +85,12 @@ def _write(request: web.BaseRequest, status: int, seconds: float, sent: int) -> 
         "ms": round(seconds * 1e3, 1),
         "bytes": sent,
         "key": "-" if exchange is None else exchange.key,
+        "adapter": "-" if exchange is None else exchange.adapter,
     }
     number = "-" if exchange is None else exchange.id
     log.info(
-        "%(method)s %(path)s %(status)d %(ms).1fms %(bytes)dB key=%(key)s request=%(request)s",
+        "%(method)s %(path)s %(status)d %(ms).1fms %(bytes)dB key=%(key)s adapter=%(adapter)s "
+        "request=%(request)s",
         {**fields, "request": number},
         extra={"fields": fields},
     )

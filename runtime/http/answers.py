@@ -20,6 +20,7 @@ from lichen.errors import LichenError
 from lichen.runtime.answer import Part
 from lichen.runtime.generation import Generation
 from lichen.runtime.http import wording
+from lichen.runtime.http.access_log import log_adapter
 from lichen.runtime.http.guard import error_body
 from lichen.runtime.sequence import Finished, Piece, Prefill, TokenLogprob
 
@@ -130,7 +131,8 @@ TEXT = Wording(prefix="cmpl-", whole="text_completion", chunk="text_completion",
 
 @dataclass(slots=True, kw_only=True)
 class Answer:
-    """One response to a request: `generations` of `prompts` prompts, in order. keep: called once complete."""
+    """One response to a request: `generations` of `prompts` prompts, in order. keep: called once complete.
+    show_drafts: events whose token had been guessed say so."""
 
     request: web.Request
     model: str
@@ -138,12 +140,14 @@ class Answer:
     wording: Wording
     prompts: int = 1
     include_usage: bool = False
+    show_drafts: bool = False
     keep: KeepAnswers | None = None
     id: str = field(init=False)
     created: int = field(init=False, default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
         self.id = self.wording.prefix + secrets.token_hex(12)
+        log_adapter(self.generations[0].sequence.adaptation)
 
     def head(self, kind: str) -> dict[str, Any]:
         """The fields that begin every object of this answer."""
@@ -153,6 +157,7 @@ class Answer:
             "created": self.created,
             "model": self.model,
             "system_fingerprint": f"lichen-{lichen.__version__}",
+            **wording.adapter_json(self.generations[0].sequence.adaptation),
         }
 
     async def whole(self) -> web.Response:
@@ -244,9 +249,12 @@ class _Stream:
         while not generation.done:
             event = await generation.next(HEARTBEAT_S)
             if isinstance(event, Piece):
+                marked = self._answer.show_drafts and event.drafted
+                more: dict[str, Any] = {"lichen": {"drafted": True}} if marked else {}
                 for shown in choice.feed(event):
-                    text = _plain_text(shown)
-                    await write(self._chunk(index, shown) if text is None else before + encode(text) + after)
+                    text = None if marked else _plain_text(shown)
+                    plain = text is not None
+                    await write(before + encode(text) + after if plain else self._chunk(index, shown, **more))
             elif isinstance(event, Prefill):
                 if index == 0:
                     await write(b": prefill %d/%d\n\n" % (event.done, event.total))

@@ -23,6 +23,7 @@ from aiohttp import web
 
 import lichen
 from lichen.adapters.files import FileStore
+from lichen.adapters.registry import Registry
 from lichen.adapters.thread import JournalThread
 from lichen.errors import ConfigError, LichenError, Unavailable
 from lichen.runtime import memory, native
@@ -44,6 +45,7 @@ from lichen.runtime.http.tokens import TokenRoutes
 from lichen.runtime.metrics import ProcessMetrics
 from lichen.runtime.pool import ModelPool
 from lichen.runtime.served_model import ServedModel
+from lichen.runtime.variants import Catalogue, Variants
 from lichen.sync.store import Store
 
 log = logging.getLogger("lichen.http")
@@ -53,7 +55,8 @@ class DaemonOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Where and for whom to listen. port 0 takes a free one; max_body in bytes; timeouts in seconds.
 
     rate_limit: requests a minute and client, 0 for no limit; a request_timeout of 0 is no limit either.
-    journal: what is kept of answers, under learning_folder; its limits in bytes.
+    journal: what is kept of answers, under learning_folder; its limits in bytes. adapters_folder: of the
+    registry whose adapters are served; None for none.
     """
 
     host: str = "127.0.0.1"
@@ -76,6 +79,7 @@ class DaemonOptions(msgspec.Struct, frozen=True, kw_only=True):
     learning_folder: Path | None = None
     journal_limit: int = 1_000_000_000
     files_limit: int = 2_000_000_000
+    adapters_folder: Path | None = None
 
     def check(self) -> None:
         """Raise ConfigError rather than listen to a network without a key, or with keys nobody can read."""
@@ -96,6 +100,8 @@ class Daemon:
         options.check()
         self.options = options
         self.pool = pool
+        folder = options.adapters_folder
+        self.models = Variants(pool, None if folder is None else Catalogue(Registry(folder)))
         self._store = store
         self.state: Literal["loading", "ok", "draining", "failed"] = "loading"
         self.url = ""
@@ -132,7 +138,7 @@ class Daemon:
     async def use(self, name: str | None, keep_alive: float | None) -> AsyncIterator[ServedModel]:
         """A model by name, loaded if need be, held until the end of the block. Raises LichenError."""
         self.check()
-        async with self.pool.use(name, keep_alive) as model:
+        async with self.models.use(name, keep_alive) as model:
             yield model
 
     def application(self) -> web.Application:
@@ -146,13 +152,13 @@ class Daemon:
         keeping = Keeping(self.options.journal, self.journal, self.metrics)
         app.on_response_prepare.extend([name_request, self._guard.allow_reading, metrics.count_error])
         app.add_routes(metrics.routes())
-        app.add_routes(OpenAIRoutes(self.use, self.pool.known, self.pool.loaded, keeping).routes())
+        app.add_routes(OpenAIRoutes(self.use, self.models.known, self.pool.loaded, keeping).routes())
         app.add_routes(FeedbackRoutes(self.journal, self.metrics).routes())
         app.add_routes(FileRoutes(self._files, self.journal, self.options.read_timeout).routes())
         app.add_routes(TokenRoutes(self.use).routes())
-        app.add_routes(ModelRoutes(self.pool, self.check).routes())
-        app.add_routes(OllamaRoutes(self.use, self.pool).routes())
-        app.add_routes(OllamaModels(self.pool, self._store).routes())
+        app.add_routes(ModelRoutes(self.models, self.check).routes())
+        app.add_routes(OllamaRoutes(self.use, self.models).routes())
+        app.add_routes(OllamaModels(self.models, self._store).routes())
         app.add_routes(
             [
                 web.get("/health", self.health),

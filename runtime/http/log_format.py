@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 NO_KEY = "-"
+NO_ADAPTER = "-"
 TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -20,6 +21,7 @@ class Exchange:
 
     id: str
     key: str = NO_KEY  # id of the API key that was used
+    adapter: str = NO_ADAPTER  # digest*scale of what it was answered with
     keeps: bool = False  # whether that key has its answers kept
     started: float = field(default_factory=time.monotonic)
     response: Any = None  # the aiohttp answer, once its first byte may be on the wire

@@ -1,4 +1,7 @@
-"""lichen's own routes for models in memory: load one before it is needed, and unload it again."""
+"""lichen's own routes for models in memory: load one before it is needed, and unload it again.
+
+Of a model with an adapter (MODEL:ADAPTER) they pin and unload the adapter; its model stays.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ from lichen.errors import LichenError
 from lichen.runtime.http.guard import error_body
 from lichen.runtime.http.openai import json_response
 from lichen.runtime.http.schema import KeepAlive, parse
-from lichen.runtime.pool import ModelPool
 from lichen.runtime.resident import ModelStatus
+from lichen.runtime.variants import Variants
 
 encode = msgspec.json.encode
 
@@ -37,8 +40,8 @@ class UnloadBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 class ModelRoutes:
     """The handlers. check: raises while the daemon takes no requests."""
 
-    def __init__(self, pool: ModelPool, check: Callable[[], None]) -> None:
-        self._pool = pool
+    def __init__(self, models: Variants, check: Callable[[], None]) -> None:
+        self._models = models
         self._check = check
 
     def routes(self) -> list[web.RouteDef]:
@@ -50,7 +53,7 @@ class ModelRoutes:
         body = parse(await request.read(), LoadBody)
         self._check()
         if not body.stream:
-            status = await self._pool.load(body.model, pin=body.pin, keep_alive=body.keep_alive)
+            status = await self._models.load(body.model, pin=body.pin, keep_alive=body.keep_alive)
             return json_response(_ready(status))
         response = web.StreamResponse(
             headers={"Content-Type": "application/x-ndjson", "Cache-Control": "no-cache"}
@@ -67,13 +70,13 @@ class ModelRoutes:
     async def unload(self, request: web.Request) -> web.Response:
         """Unload a model once it is idle."""
         body = parse(await request.read(), UnloadBody)
-        freed = await self._pool.unload(body.model)
+        freed = await self._models.unload(body.model)
         return json_response({"status": "unloaded", "model": body.model, "freed_bytes": freed})
 
     async def _steps(self, body: LoadBody) -> AsyncIterator[dict[str, Any]]:
         steps: asyncio.Queue[float | None] = asyncio.Queue()
         load = asyncio.ensure_future(
-            self._pool.load(body.model, pin=body.pin, keep_alive=body.keep_alive, progress=steps.put_nowait)
+            self._models.load(body.model, pin=body.pin, keep_alive=body.keep_alive, progress=steps.put_nowait)
         )
         load.add_done_callback(lambda _: steps.put_nowait(None))
         last = -1.0

@@ -17,24 +17,26 @@ from aiohttp import web
 
 import lichen
 from lichen.errors import LichenError, NotFound, RequestError
+from lichen.runtime.adaptation import Adaptation
 from lichen.runtime.answer import CallArguments, CallBegins, Part, Said
 from lichen.runtime.answer_form import AnswerForm
 from lichen.runtime.generation import Generation
+from lichen.runtime.http.access_log import log_adapter
 from lichen.runtime.http.guard import error_text, owner
 from lichen.runtime.http.ollama_schema import ChatRequest, EmbedRequest, GenerateRequest
 from lichen.runtime.http.openai import Use, json_response, read
-from lichen.runtime.http.wording import Message
-from lichen.runtime.pool import ModelPool
+from lichen.runtime.http.wording import Message, adapter_json
 from lichen.runtime.sequence import Finished, Piece
 from lichen.runtime.served_model import ServedModel
+from lichen.runtime.variants import Variants
 
 
 class OllamaRoutes:
     """The handlers. use: holds a model by name, loading it if need be."""
 
-    def __init__(self, use: Use, pool: ModelPool) -> None:
+    def __init__(self, use: Use, models: Variants) -> None:
         self._use = use
-        self._pool = pool
+        self._models = models
 
     def routes(self) -> list[web.RouteDef]:
         """Route table for `Application.add_routes`."""
@@ -57,7 +59,7 @@ class OllamaRoutes:
             (generation,) = await model.chat(
                 messages, body.sampling(model.info.context), body.form(), owner=owner()
             )
-            lines = _Lines(body.model, started, loaded, chat=True)
+            lines = _Lines(body.model, started, loaded, chat=True, adaptation=generation.sequence.adaptation)
             return await _send(request, generation, lines, stream=body.stream)
 
     async def generate(self, request: web.Request) -> web.StreamResponse:
@@ -69,7 +71,7 @@ class OllamaRoutes:
         async with self._use(bare(body.model), seconds(body.keep_alive)) as model:
             loaded = time.perf_counter()
             generation = await self._generation(model, body)
-            lines = _Lines(body.model, started, loaded, chat=False)
+            lines = _Lines(body.model, started, loaded, chat=False, adaptation=generation.sequence.adaptation)
             return await _send(request, generation, lines, stream=body.stream)
 
     async def _generation(self, model: ServedModel, body: GenerateRequest) -> Generation:
@@ -87,7 +89,7 @@ class OllamaRoutes:
         wanted = seconds(keep_alive)
         if wanted == 0:
             with suppress(NotFound):  # it is gone already
-                await self._pool.unload(bare(name))
+                await self._models.unload(bare(name))
         else:
             async with self._use(bare(name), wanted):
                 pass
@@ -108,9 +110,12 @@ class OllamaRoutes:
                 vector, tokens = await model.embed(text, truncate=body.truncate, dimensions=body.dimensions)
                 vectors.append(vector)
                 count += tokens
+            log_adapter(model.adaptation)
+            made_with = adapter_json(model.adaptation)
         return json_response(
             {
                 "model": body.model,
+                **made_with,
                 "embeddings": vectors,
                 "total_duration": nanoseconds(time.perf_counter() - started),
                 "load_duration": nanoseconds(loaded - started),
@@ -126,8 +131,11 @@ class OllamaRoutes:
 class _Lines:
     """The lines of one answer."""
 
-    def __init__(self, model: str, started: float, loaded: float, *, chat: bool) -> None:
-        self._head = {"model": model}
+    def __init__(
+        self, model: str, started: float, loaded: float, *, chat: bool, adaptation: Adaptation
+    ) -> None:
+        log_adapter(adaptation)
+        self._head = {"model": model, **adapter_json(adaptation)}
         self._started, self._loaded, self._chat = started, loaded, chat
 
     def part(self, message: dict[str, Any]) -> dict[str, Any]:

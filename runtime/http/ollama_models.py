@@ -14,8 +14,9 @@ from lichen.quant.gguf_check import GGUFArray, GGUFSummary, check_gguf
 from lichen.runtime.http.guard import error_text
 from lichen.runtime.http.ollama_schema import ModelRequest
 from lichen.runtime.http.openai import json_response, read
-from lichen.runtime.pool import ModelPool
+from lichen.runtime.pool import DEFAULT
 from lichen.runtime.resident import Candidate
+from lichen.runtime.variants import Variants
 from lichen.sync.catalog import CATALOG
 from lichen.sync.store import PullProgress, Store
 
@@ -24,10 +25,10 @@ FOREVER = datetime.timedelta(days=36500)
 
 
 class OllamaModels:
-    """The handlers, over the pool of models. store: where `pull` puts models; None where it must not."""
+    """The handlers, over the models. store: where `pull` puts models; None where it must not."""
 
-    def __init__(self, pool: ModelPool, store: Store | None) -> None:
-        self._pool = pool
+    def __init__(self, models: Variants, store: Store | None) -> None:
+        self._models = models
         self._store = store
 
     def routes(self) -> list[web.RouteDef]:
@@ -41,12 +42,12 @@ class OllamaModels:
 
     async def tags(self, request: web.Request) -> web.Response:
         """All models that can answer."""
-        return json_response({"models": [_card(candidate) for candidate in await self._pool.known()]})
+        return json_response({"models": [_card(candidate) for candidate in await self._models.known()]})
 
     async def ps(self, request: web.Request) -> web.Response:
         """The models that are loaded, their memory in bytes, and when they will be unloaded."""
         models = []
-        for loaded in self._pool.loaded():
+        for loaded in self._models.pool.loaded():
             rest = FOREVER if loaded.expires_in_s is None else datetime.timedelta(seconds=loaded.expires_in_s)
             models.append(
                 {
@@ -65,7 +66,8 @@ class OllamaModels:
     async def show(self, request: web.Request) -> web.Response:
         """What a model's file says of itself."""
         body: ModelRequest = await read(request, ModelRequest)
-        candidate = await asyncio.to_thread(self._pool.shelf.find, body.reference().removesuffix(":latest"))
+        name, _ = await self._models.split(body.reference().removesuffix(":latest"))
+        candidate = await asyncio.to_thread(self._models.pool.shelf.find, name or DEFAULT)
         summary = await asyncio.to_thread(check_gguf, candidate.path)
         metadata = {key: _shown(value) for key, value in summary.metadata.items()}
         template = metadata.pop("tokenizer.chat_template", "")
@@ -129,7 +131,7 @@ def _card(candidate: Candidate) -> dict[str, Any]:
         "model": candidate.name,
         "modified_at": _modified(candidate),
         "size": candidate.size,
-        "digest": candidate.sha256,
+        "digest": candidate.adapter or candidate.sha256,
         "details": _details(candidate, None),
         "capabilities": _capabilities(candidate),
     }
@@ -147,7 +149,7 @@ def _modified(candidate: Candidate) -> str:
 def _details(candidate: Candidate, summary: GGUFSummary | None) -> dict[str, Any]:
     size = "" if summary is None else f"{summary.parameter_count / 1e6:.0f}M"
     return {
-        "parent_model": "",
+        "parent_model": candidate.base,
         "format": "gguf",
         "family": candidate.architecture,
         "families": [candidate.architecture],

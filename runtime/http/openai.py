@@ -18,6 +18,7 @@ from aiohttp import web
 from lichen.errors import NotFound
 from lichen.runtime.generation import Generation
 from lichen.runtime.http import wording
+from lichen.runtime.http.access_log import log_adapter
 from lichen.runtime.http.answers import CHAT, TEXT, Answer, KeepAnswers, Wording
 from lichen.runtime.http.guard import owner
 from lichen.runtime.http.keeping import Keeping
@@ -67,7 +68,7 @@ class OpenAIRoutes:
         kept = self._keeping.of_chat(body, messages)
         async with self._use(body.model, body.keep_alive) as model:
             generations = await model.chat(
-                messages, body.sampling(), body.form(), count=body.n, owner=owner()
+                messages, body.sampling(), body.form(), count=body.n, owner=owner(), kept=bool(kept)
             )
             keep = self._keeping.keeper(request, kept, model.info)
             return await _answer(request, body, model, generations, CHAT, keep=keep)
@@ -81,7 +82,9 @@ class OpenAIRoutes:
         async with self._use(body.model, body.keep_alive) as model:
             try:
                 for prompt in prompts:
-                    generations += await model.complete(prompt, options, count=body.n, owner=owner())
+                    generations += await model.complete(
+                        prompt, options, count=body.n, owner=owner(), kept=bool(kept)
+                    )
             except BaseException:
                 _close(generations)
                 raise
@@ -100,7 +103,9 @@ class OpenAIRoutes:
                 value = wording.embedding_value(vector, body.encoding_format)
                 data.append({"object": "embedding", "index": index, "embedding": value})
             usage = {"prompt_tokens": count, "total_tokens": count}
-            return json_response({"object": "list", "data": data, "model": model.info.name, "usage": usage})
+            log_adapter(model.adaptation)
+            head = {"object": "list", "model": model.info.name, **wording.adapter_json(model.adaptation)}
+            return json_response({**head, "data": data, "usage": usage})
 
     async def models(self, request: web.Request) -> web.Response:
         """All models that can answer, loaded or not, the default one first."""
@@ -120,7 +125,8 @@ class OpenAIRoutes:
         loaded = {status.name: status for status in self._loaded() if status.state == "ready"}
         known = {candidate.name: candidate for candidate in await self._known()}
         names = list(known) or list(loaded)
-        return [self._card(name, known.get(name), loaded.get(name)) for name in names]
+        bases = {name: known[name].base or name if name in known else name for name in names}
+        return [self._card(name, known.get(name), loaded.get(bases[name])) for name in names]
 
     def _card(self, name: str, known: Candidate | None, loaded: ModelStatus | None) -> dict[str, Any]:
         there = known or loaded
@@ -136,6 +142,10 @@ class OpenAIRoutes:
             "loaded": loaded is not None,
             "capabilities": list(there.capabilities),
         }
+        if known is not None and known.base:
+            there_too = loaded is not None and known.adapter in {one.sha256 for one in loaded.adapters}
+            card |= {"base": known.base, "adapter": known.adapter or None}
+            card["loaded"] = loaded is not None and (there_too or not known.adapter)
         return {**card, "context_length": loaded.context} if loaded else card
 
 
@@ -156,6 +166,7 @@ async def _answer(
         wording=words,
         prompts=prompts,
         keep=keep,
+        show_drafts=body.show_drafts,
         include_usage=body.stream_options is not None and body.stream_options.include_usage,
     )
     try:

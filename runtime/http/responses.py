@@ -59,6 +59,13 @@ class TimingsBody(Struct, kw_only=True):
     draft_n_accepted: int
 
 
+class AdapterBody(Struct, kw_only=True):
+    """lichen's own: the adapter that an answer was made with, by its digest, and how strongly it counted."""
+
+    sha256: str
+    scale: float
+
+
 class Head(Struct, kw_only=True):
     """What begins every answer and every chunk. created: seconds since 1970."""
 
@@ -66,6 +73,7 @@ class Head(Struct, kw_only=True):
     created: int
     model: str
     system_fingerprint: str
+    adapter: AdapterBody | UnsetType = UNSET
 
 
 class CalledFunction(Struct):
@@ -224,7 +232,8 @@ class CompletionChunk(Head, kw_only=True):
 
 
 class ModelCard(Struct, kw_only=True):
-    """One model. context_length: tokens; created: seconds since 1970."""
+    """One model. context_length: tokens; created: seconds since 1970. Of one with an adapter, base is the
+    model's name and adapter the digest of the version that serves, null after a rollback to none."""
 
     id: str
     object: Literal["model"]
@@ -236,6 +245,8 @@ class ModelCard(Struct, kw_only=True):
     loaded: bool
     context_length: int | UnsetType = UNSET
     capabilities: list[str]
+    base: str | UnsetType = UNSET
+    adapter: str | UnsetType | None = UNSET
 
 
 class EmbeddingUsage(Struct):
@@ -260,6 +271,7 @@ class EmbeddingList(Struct, kw_only=True):
     data: list[Embedding]
     model: str
     usage: EmbeddingUsage
+    adapter: AdapterBody | UnsetType = UNSET
 
 
 class TokenPiece(Struct):

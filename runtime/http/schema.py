@@ -62,6 +62,8 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     deterministic: bool = False  # lichen's own: docs/determinism.md
     store: bool | None = None  # keep the answer, or do not: docs/guides/feedback.md
     speculation: bool = True  # lichen's own: docs/speculation.md
+    adapter_scale: float | None = None  # lichen's own: how strongly the adapter of MODEL:ADAPTER counts
+    show_drafts: bool = False  # lichen's own: streamed events of guessed tokens carry lichen.drafted
 
     def sampling(self) -> SamplingOptions:
         """The engine's options; what the request leaves out takes lichen's default."""

@@ -6,6 +6,7 @@ import base64
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from lichen.runtime.adaptation import Adaptation
 from lichen.runtime.answer import CallArguments, CallBegins, Part, Said, Thought
 from lichen.runtime.sequence import Finished, Timings, TokenLogprob, Usage
 
@@ -126,6 +127,13 @@ def timings_json(finished: Finished) -> dict[str, Any]:
         "draft_n_accepted": timings.draft_n_accepted,
         "cached_tokens": finished.usage.cached_tokens,
     }
+
+
+def adapter_json(adaptation: Adaptation) -> dict[str, Any]:
+    """lichen's own addition to an answer: which adapter it was made with, if any, and how strongly."""
+    if not adaptation:
+        return {}
+    return {"adapter": {"sha256": adaptation.digest, "scale": adaptation.scale}}
 
 
 def embedding_value(vector: list[float], form: str) -> list[float] | str:

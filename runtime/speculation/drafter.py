@@ -1,4 +1,5 @@
-"""What a drafter is: something that guesses how a sequence goes on. One file each: `suffix.py`, `model.py`.
+"""What a drafter is: something that guesses how a sequence goes on. One file each: `suffix.py`, `model.py`,
+`head.py`.
 
 Called by the engine thread only, between two steps.
 """
@@ -6,9 +7,12 @@ Called by the engine thread only, between two steps.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from lichen.runtime.sequence import Sequence
+
+if TYPE_CHECKING:
+    from lichen.runtime.native import Context
 
 MAX_DRAFT = 16  # tokens of one sequence in one step
 
@@ -49,6 +53,23 @@ class Drafter(Protocol):
 
     def end(self, sequence: Sequence) -> None:
         """The sequence leaves its slot."""
+
+    def close(self) -> None:
+        """The engine ends; idempotent. May block for a moment."""
+
+
+class StateReader(Protocol):
+    """Looks at what the model computed before tokens are drawn from it. Called by the engine thread."""
+
+    def begin(self, sequence: Sequence) -> None:
+        """A sequence got its slot."""
+
+    def read(self, sequence: Sequence, context: Context, index: int) -> None:
+        """The token after `sequence.tokens` is about to be drawn from batch entry `index`, for which the
+        context has logits and a hidden state. Both are gone after the step."""
+
+    def end(self, sequence: Sequence) -> None:
+        """The sequence leaves its slot; idempotent."""
 
     def close(self) -> None:
         """The engine ends; idempotent. May block for a moment."""

@@ -5,12 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from lichen.runtime.counters import Counters
 from lichen.runtime.scheduler import Chunk
 from lichen.runtime.sequence import Sequence
 from lichen.runtime.speculation.control import Acceptance, Controller, Offer
-from lichen.runtime.speculation.drafter import MAX_DRAFT, NOTHING, Draft, Drafter
+from lichen.runtime.speculation.drafter import MAX_DRAFT, NOTHING, Draft, Drafter, StateReader
+
+if TYPE_CHECKING:
+    from lichen.runtime.native import Context
+    from lichen.runtime.speculation.learning import HeadLearning
 
 
 @dataclass(slots=True)
@@ -25,11 +30,22 @@ class _Live:
 class Speculation:
     """Chooses drafter and length for each sequence at each step; without drafters it does nothing.
 
-    width: tokens that the context computes in a step. outputs: of them with logits.
+    width: tokens that the context computes in a step. outputs: of them with logits. readers: who looks at
+    the states of every sequence.
     """
 
-    def __init__(self, drafters: Items[Drafter] = (), *, width: int, outputs: int, context: int) -> None:
+    def __init__(
+        self,
+        drafters: Items[Drafter] = (),
+        *,
+        width: int,
+        outputs: int,
+        context: int,
+        readers: Items[StateReader] = (),
+    ) -> None:
         self.drafters = list(drafters)
+        self.readers = list(readers)
+        self.learning: HeadLearning | None = None
         self.controller = Controller()
         self._width, self._outputs, self._context = width, outputs, context
         self._live: dict[Sequence, _Live] = {}
@@ -42,6 +58,8 @@ class Speculation:
 
     def begin(self, sequence: Sequence) -> None:
         """A sequence got its slot. One that is deterministic or wants no drafts gets none."""
+        for reader in self.readers:
+            reader.begin(sequence)
         options = sequence.options
         if self.drafters and options.speculation and not options.deterministic:
             self._live[sequence] = _Live()
@@ -50,6 +68,8 @@ class Speculation:
 
     def end(self, sequence: Sequence) -> None:
         """A sequence leaves its slot; idempotent."""
+        for reader in self.readers:
+            reader.end(sequence)
         if self._live.pop(sequence, None) is not None:
             for drafter in self.drafters:
                 drafter.end(sequence)
@@ -59,12 +79,20 @@ class Speculation:
         for sequence in list(self._live):
             self.end(sequence)
         self.close()
-        self.drafters = []
+        self.drafters, self.readers = [], []
 
     def close(self) -> None:
         """Write what drafters remember and free what they hold; idempotent."""
         for drafter in self.drafters:
             drafter.close()
+        for reader in self.readers:
+            reader.close()
+
+    def read(self, sequence: Sequence, context: Context, index: int) -> None:
+        """The token after a sequence's tokens is about to be drawn from batch entry `index`."""
+        if self.readers and context.has_states:
+            for reader in self.readers:
+                reader.read(sequence, context, index)
 
     def extend(self, chunks: list[Chunk]) -> list[Chunk]:
         """The chunks of a step, with drafts behind those that are worth one. Steps with prompts get none."""

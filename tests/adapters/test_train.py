@@ -228,7 +228,7 @@ def test_asked_to_stop_it_keeps_a_checkpoint_and_goes_on(model_file: Path, tmp_p
 
 
 def test_a_finished_training_says_what_it_made(model_file: Path, tmp_path: Path) -> None:
-    task = task_of(model_file, tmp_path, minutes=0.002, memory=2_000_000_000)
+    task = task_of(model_file, tmp_path, minutes=0.002, memory=2_000_000_000, prune=0.5)
     prepare(tmp_path / "job", task, EXAMPLES)
     events = list(Training(tmp_path / "job"))
     done = events[-1]
@@ -238,6 +238,8 @@ def test_a_finished_training_says_what_it_made(model_file: Path, tmp_path: Path)
     assert [one.when for one in measured] == ["before", "after"] and measured[0].general is not None
     assert manifest.task == task and manifest.sha256.startswith(Path(done.folder).name)
     assert manifest.after["loss"] == measured[1].loss
+    assert manifest.pruned is not None
+    assert manifest.pruned["bytes_after"] < manifest.pruned["bytes_before"]
     assert 1 <= manifest.steps <= 10
 
 

@@ -98,7 +98,7 @@ def test_config_says_where_values_come_from(tmp_path: Path) -> None:
 
 def test_doctor_tells_fine_from_not(tmp_path: Path) -> None:
     done = lichen("doctor", "--json", home=tmp_path)
-    verdicts = {row["what"]: row["verdict"] for row in json.loads(done.stdout)}
+    verdicts = {row["what"]: row["verdict"] for row in json.loads(done.stdout)["findings"]}
     assert verdicts["Python"] == verdicts["llama.cpp"] == "fine"
     assert verdicts["model"] == "warning"
     assert done.returncode == 0

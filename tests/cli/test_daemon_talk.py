@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from lichen.cli import inspect
+from lichen.cli.checks import Finding, daemon, writable
 from lichen.config import Config, override
 from tests.cli.standin_daemon import StandIn, standing_in
 
@@ -202,8 +202,8 @@ def test_a_pipe_gets_the_answer_as_it_is(tmp_path: Path, stand_in: StandIn) -> N
     assert "\x1b]0;owned\x07two" in talk(stand_in, tmp_path, "run", "m", "hello").stdout
 
 
-def port_finding(**settings: object) -> inspect.Finding:
-    return inspect._port(override(Config(), settings))
+def port_finding(**settings: object) -> Finding:
+    return daemon(override(Config(), settings))
 
 
 def test_doctor_tells_no_daemon_from_a_taken_port_and_a_bad_host(stand_in: StandIn) -> None:
@@ -217,7 +217,7 @@ def test_doctor_tells_no_daemon_from_a_taken_port_and_a_bad_host(stand_in: Stand
 
 
 def test_a_store_is_writable_or_not(tmp_path: Path) -> None:
-    assert inspect._writable(tmp_path / "not" / "yet")
+    assert writable(tmp_path / "not" / "yet")
     blocked = tmp_path / "file"
     blocked.write_text("")
-    assert not inspect._writable(blocked / "store")
+    assert not writable(blocked / "store")

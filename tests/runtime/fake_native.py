@@ -10,6 +10,7 @@ import json
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lichen.runtime.native import DECODE_OK
@@ -43,6 +44,12 @@ class CountingContext:
         self.pace = 0.0  # seconds a decode takes at least
         self.closed = False
         self.copying = False
+        self.adapted: tuple[str, float] = ("", 0.0)  # what is computed from here on is computed with it
+        self.held_with: dict[int, tuple[str, float]] = {}
+
+    def adapt(self, adapter: CountingAdapter | None, scale: float) -> None:
+        assert adapter is None or adapter.open
+        self.adapted = ("", 0.0) if adapter is None else (adapter.digest, scale)
 
     def decode(
         self, tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int], outputs: Sequence[int]
@@ -56,6 +63,8 @@ class CountingContext:
             return code
         for token, position, slot in zip(tokens, positions, slots, strict=True):
             assert position == len(self.held[slot]) < self.context, "positions follow on each other"
+            assert not self.held[slot] or self.held_with[slot] == self.adapted, "one adaptation a slot"
+            self.held_with[slot] = self.adapted
             self.held[slot].append(token)
         self.copying = False
         self.batches.append(list(zip(tokens, positions, slots, strict=True)))
@@ -75,25 +84,40 @@ class CountingContext:
     def copy(self, source: int, target: int) -> None:
         self.copying = True  # llama.cpp copies the cells before the next decode
         self.held[target] = list(self.held[source])
+        self.held_with[target] = self.held_with.get(source, self.adapted)
 
     def cells(self, slot: int) -> int:
         return len(self.held[slot])
 
     def save(self, slot: int) -> bytearray:
         assert not self.copying
-        return bytearray(json.dumps(self.held[slot]).encode())
+        return bytearray(json.dumps([self.held[slot], self.held_with.get(slot)]).encode())
 
     def restore(self, slot: int, data: bytearray) -> bool:
         assert not self.copying
         try:
-            self.held[slot] = list(json.loads(data))
+            tokens, computed_with = json.loads(data)
         except ValueError:
             self.held[slot].clear()
             return False
+        self.held[slot] = tokens
+        self.held_with[slot] = tuple(computed_with)
         return True
 
     def close(self) -> None:
         self.closed = True
+
+
+class CountingAdapter:
+    """An adapter that changes only what cells are known to be computed with; its path is its digest."""
+
+    def __init__(self, model: CountingModel, path: Path) -> None:
+        self.digest = path.name
+        self.open = True
+
+    def close(self) -> None:
+        assert self.open
+        self.open = False
 
 
 class CountingSampler:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lichen.devices.probe import MEMORY_USE_FILES, memory_left, memory_use
+from lichen.devices.probe import memory_left
 from lichen.errors import OutOfMemory
 from lichen.quant.gguf_check import GGUFSummary, check_gguf
 from lichen.runtime import memory
@@ -126,20 +126,6 @@ def test_what_fits_is_within_bounds(model_summary: GGUFSummary, free: int, conte
 @pytest.fixture(scope="session")
 def model_summary(model_path: Path) -> GGUFSummary:
     return check_gguf(model_path)
-
-
-@pytest.mark.parametrize(
-    ("texts", "used"),
-    [
-        (("1000", "anon 1\ninactive_file 300\n", "", ""), 700),
-        (("", "", "900", "cache 5\ninactive_file 1\ntotal_inactive_file 100"), 800),
-        (("1000", "", "", ""), 1000),
-        (("10", "inactive_file 300", "", ""), 0),
-        (("lies", "inactive_file lies", "", ""), 0),
-    ],
-)
-def test_memory_that_a_container_holds(texts: tuple[str, str, str, str], used: int) -> None:
-    assert memory_use(dict(zip(MEMORY_USE_FILES, texts, strict=True))) == used
 
 
 def test_what_is_available_obeys_the_limit() -> None:

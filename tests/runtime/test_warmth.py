@@ -15,20 +15,23 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lichen.runtime import warmth
+from lichen.runtime.adaptation import PLAIN, Adaptation
 from lichen.runtime.engine import Engine
 from lichen.runtime.generation import Generation, Mailbox
 from lichen.runtime.sequence import Piece, SamplingOptions, Sequence
-from lichen.runtime.spill import SpillStore
-from tests.runtime.fake_native import END, CountingContext, CountingModel, CountingSampler
+from lichen.runtime.spill import SpillStore, SpillStores
+from tests.runtime.fake_native import END, CountingAdapter, CountingContext, CountingModel, CountingSampler
 from tests.runtime.test_spill import KEY, files
 
 SYSTEM = [n % 90 for n in range(40)]
+ADAPTED = (Adaptation("a" * 64, 1.0), Adaptation("a" * 64, 0.5), Adaptation("b" * 64, 1.0))
 
 
 @pytest.fixture(autouse=True)
 def counting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few tokens count as many, and a moment as a while."""
     monkeypatch.setattr("lichen.runtime.drawing.Sampler", CountingSampler)
+    monkeypatch.setattr("lichen.runtime.adapter_bank.Adapter", CountingAdapter)
     monkeypatch.setattr(warmth, "MIN_RESTORE", 8)
     monkeypatch.setattr(warmth, "MIN_SPILL", 16)
     monkeypatch.setattr(warmth, "IDLE_S", 0.01)
@@ -41,19 +44,25 @@ class Bench:
         self.context = CountingContext(slots=slots, context=128, batch=16)
         model: Any = CountingModel()
         context: Any = self.context
-        self.store = SpillStore(folder, 1 << 20, KEY)
+        stores = SpillStores(folder, 1 << 20, KEY)
+        self.store = stores.of(PLAIN)
         self.store.wait_ready(5)
-        self.engine = Engine(model, context, queue_limit=64, spill=self.store)
+        self.engine = Engine(model, context, queue_limit=64, spill=stores)
+        for adaptation in ADAPTED:
+            stores.of(adaptation).wait_ready(5)
+            self.engine.adapters.load(adaptation.digest, Path(adaptation.digest))  # nothing runs yet
 
-    def submit(self, prompt: list[int], **options: Any) -> Generation:
+    def submit(self, prompt: list[int], adaptation: Adaptation = PLAIN, **options: Any) -> Generation:
         mailbox = Mailbox()
-        sequence = Sequence(prompt=prompt, options=SamplingOptions(**options), mailbox=mailbox)
+        sequence = Sequence(
+            prompt=prompt, options=SamplingOptions(**options), mailbox=mailbox, adaptation=adaptation
+        )
         self.engine.submit(sequence)
         return Generation(sequence, mailbox, self.engine.cancel)
 
-    async def cached(self, prompt: list[int]) -> int:
+    async def cached(self, prompt: list[int], adaptation: Adaptation = PLAIN) -> int:
         """Answer a prompt; the tokens of it that were not computed."""
-        generation = self.submit(prompt, max_tokens=2)
+        generation = self.submit(prompt, adaptation, max_tokens=2)
         assert await generation.text() == f"{(prompt[-1] + 1) % 100} {(prompt[-1] + 2) % 100} "
         assert generation.finished is not None
         return generation.finished.usage.cached_tokens
@@ -191,7 +200,7 @@ async def test_damaged_and_refused_cells_are_computed_again(tmp_path: Path) -> N
 
 async def test_cells_of_other_tokens_than_the_file_says_are_not_used(tmp_path: Path) -> None:
     store = SpillStore(tmp_path, 1 << 20, KEY)
-    store.write([*SYSTEM, 1], b"[1, 2, 3]")
+    store.write([*SYSTEM, 1], b'[[1, 2, 3], ["", 0]]')
     async with running(tmp_path) as bench:
         assert await bench.cached([*SYSTEM, 2]) == 0
 
@@ -243,3 +252,14 @@ def test_whatever_happens_answers_are_right_and_nothing_is_left(
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(2):
             asyncio.run(live(Path(folder)))
+
+
+async def test_what_an_adapter_computed_is_on_disk_for_it_alone(tmp_path: Path) -> None:
+    async with running(tmp_path) as bench:
+        for adaptation in ADAPTED:
+            assert await bench.cached([*SYSTEM, 1], adaptation) == 0
+    async with running(tmp_path) as bench:
+        assert await bench.cached([*SYSTEM, 2]) == 0
+        for adaptation in ADAPTED[1:]:
+            assert await bench.cached([*SYSTEM, 2], adaptation) == len(SYSTEM)
+        assert bench.engine.counters().restored_tokens == 2 * len(SYSTEM)

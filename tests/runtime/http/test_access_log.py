@@ -17,7 +17,7 @@ from lichen.runtime.http.keys import KeyStore
 from lichen.runtime.http.log_format import JsonFormatter, configure_logging
 from tests.runtime.http.hostile import drip, misbehaving, stall
 
-LINE = re.compile(r"(\S+) (\S+) (\d+) ([\d.]+)ms (\d+)B key=(\S+) request=(\S+)")
+LINE = re.compile(r"(\S+) (\S+) (\d+) ([\d.]+)ms (\d+)B key=(\S+) adapter=- request=(\S+)")
 
 
 @pytest.fixture

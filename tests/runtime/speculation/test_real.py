@@ -7,6 +7,7 @@ eight tokens at a time, and no choice may turn over whose lead is larger than wh
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
@@ -116,7 +117,7 @@ def speculating(model_path: Path) -> Iterator[Speculating]:
         context=1024, slots=4, threads=2, speculation=SpeculationOptions(drafters="suffix")
     )
     served = ServedModel.load(model_path, name="drafting", sha256="", options=options)
-    speculation, replay = served.engine._speculation, Replay()
+    speculation, replay = served.engine.speculation, Replay()
     speculation.controller = Eager()
     speculation.drafters.append(replay)
     yield Speculating(served, speculation, replay)
@@ -241,6 +242,13 @@ async def test_a_client_sees_what_was_drafted_and_may_do_without(
         with_drafts = await timings()
         assert 0 < with_drafts["draft_n_accepted"] <= with_drafts["draft_n"]
         assert (await timings(speculation=False))["draft_n"] == 0
+        for shown in (False, True):
+            asked = body | {"stream": True, "show_drafts": shown}
+            lines = (await (await client.post("/v1/chat/completions", json=asked)).text()).splitlines()
+            events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+            marked = [event for event in events if "lichen" in event]
+            assert all(event["lichen"] == {"drafted": True} for event in marked)
+            assert 0 < len(marked) <= events[-1]["timings"]["draft_n_accepted"] if shown else not marked
         refused = await client.post("/v1/chat/completions", json=body | {"speculation": "yes"})
         assert refused.status == 400 and "speculation" in await refused.text()
         metrics = await (await client.get("/metrics")).text()
@@ -272,7 +280,7 @@ async def thinking(model_path: Path) -> AsyncIterator[ServedModel]:
         speculation=SpeculationOptions(drafters="model", draft_model=model_path),
     )
     served = await asyncio.to_thread(ServedModel.load, model_path, name="m", sha256="", options=options)
-    served.engine._speculation.controller = Eager()
+    served.engine.speculation.controller = Eager()
     yield served
     await asyncio.to_thread(served.close)
 

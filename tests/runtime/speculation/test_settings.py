@@ -8,6 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 
+from lichen.adapters.draft_head import write_head
 from lichen.api import draft_file, model_options
 from lichen.config import load
 from lichen.errors import ConfigError, LichenError, NotFound
@@ -17,14 +18,21 @@ from lichen.runtime.http.log_format import EXCHANGE, Exchange
 from lichen.runtime.memory import estimate
 from lichen.runtime.sequence import LOCAL
 from lichen.runtime.served_model import ModelOptions
-from lichen.runtime.speculation.build import EXTRA_OUTPUTS, SpeculationOptions, build
+from lichen.runtime.speculation.build import EXTRA_OUTPUTS, Choice, SpeculationOptions, build
+from lichen.runtime.speculation.head import HeadDrafter
+from lichen.runtime.speculation.heads import HeadStore, head_folder
 from lichen.runtime.speculation.suffix import SuffixDrafter
 from tests.quant.tiny_gguf import tiny_gguf
+from tests.runtime.speculation.test_head import counting_head
 
 
 def built(options: SpeculationOptions, *, cuttable: bool = True) -> list[Any]:
-    model, context = Mock(cuttable=cuttable, vocab_size=100), Mock(batch=256, outputs=36, context=1024)
-    speculation = build(model, context, options, identity="model", threads=1)
+    model = Mock(cuttable=cuttable, vocab_size=100)
+    context = Mock(batch=256, outputs=36, context=1024, hidden=8, wants_states=False)
+    speculation = build(
+        model, context, options, path=Path("/m"), sha256="ab" * 32, identity="model", threads=1
+    )
+    assert context.wants_states == bool(speculation.readers)
     speculation.close()
     return speculation.drafters
 
@@ -34,6 +42,20 @@ def test_each_setting_gives_its_drafters() -> None:
     for choice in ("suffix", "auto"):
         (drafter,) = built(SpeculationOptions(drafters=choice))
         assert isinstance(drafter, SuffixDrafter)
+
+
+def test_a_head_drafts_where_there_may_be_one(tmp_path: Path) -> None:
+    assert built(SpeculationOptions(drafters="head", home=tmp_path)) == []  # nor does it learn
+    counts: dict[Choice, int] = {"head": 1, "auto": 2, "suffix": 1}
+    for choice, count in counts.items():
+        found = built(SpeculationOptions(drafters=choice, home=tmp_path, distil_limit=1000))
+        assert len(found) == count and isinstance(found[-1], HeadDrafter) == (choice != "suffix")
+
+
+def test_a_daemon_that_keeps_nothing_learns_nothing(tmp_path: Path) -> None:
+    for journal, limit in (("off", 0), ("ask", 100_000_000)):
+        config = load({"home": tmp_path, "journal": journal}, {}).config
+        assert model_options(config).speculation.distil_limit == limit
 
 
 def test_a_model_that_cannot_forget_gets_none(caplog: pytest.LogCaptureFixture) -> None:
@@ -94,3 +116,12 @@ def test_past_answers_belong_to_the_api_key() -> None:
         assert owner() == "key_0123456789ab"
     finally:
         EXCHANGE.reset(token)
+
+
+def test_a_given_head_is_the_first_version_from_which_learning_goes_on(tmp_path: Path) -> None:
+    write_head(tmp_path / "given.gguf", counting_head(vocabulary=100, hidden=8))
+    options = SpeculationOptions(drafters="head", home=tmp_path, draft_head=tmp_path / "given.gguf")
+    (drafter,) = built(options)
+    assert isinstance(drafter, HeadDrafter) and drafter.head is not None
+    folder = head_folder(tmp_path, "ab" * 32)
+    assert HeadStore(folder, base="ab" * 32, vocabulary=100, hidden=8).version == 1

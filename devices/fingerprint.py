@@ -1,0 +1,253 @@
+"""Measurements of a few layers of a model, and the fingerprint of the whole one that follows from them.
+
+A model is measured cut to two lengths (`quant/cut.py`). What a layer costs is the difference, what comes
+once (embedding, output, start-up) is the rest, and the whole model follows on a straight line over the
+bytes of its layers. A `Task` is one thing to measure, a sample its value for each of the lengths, in
+seconds or bytes; a `Record` keeps all samples, so that an interrupted fingerprint goes on where it was.
+
+Of several samples the lower quartile counts for each length: other programs only ever add time, and the
+least of all is a luck that does not come again. Small micro-measurements in place of whole profiles follow
+iServe (arXiv 2501.13111). Not covered: layers of different kinds, of which the first ones stand for the rest.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Literal, Protocol, TypeAlias
+
+import msgspec
+
+from lichen.devices.curves import Curve, Fingerprint, KVCost, ThreadCurve
+from lichen.errors import ConfigError
+
+VERSION = 1  # of a record; a change makes all that was measured unknown
+WIDTHS = (1, 2, 4, 8, 16)  # sequences that decode one token each
+CHUNKS = (32, 128, 512)  # tokens of a prompt
+DEPTHS = (0, 1024, 2048)  # cells that a sequence holds already
+PROBE = 16  # tokens behind such a depth: one alone adds too little to be seen above the noise
+KV_TYPES = ("f16", "q8_0")
+BUFFERS = (16, 128, 512)  # tokens of a batch, for the size of buffers
+
+_LONG = 256  # tokens of a batch
+
+Kind: TypeAlias = Literal["decode", "row", "chunk", "depth", "load", "resident", "buffers", "cells"]
+Sample: TypeAlias = tuple[float, ...]  # a value for each length, in ascending order
+
+
+class Task(msgspec.Struct, frozen=True, kw_only=True):
+    """One thing to measure.
+
+    decode    seconds of a step of `tokens` sequences, with logits for each
+    row       the same with logits for one only
+    chunk     seconds of `tokens` tokens of one prompt that nothing comes before, with logits for the last
+    depth     seconds of `tokens` tokens of one sequence behind `depth` cells, of the short length only
+    load      seconds until the model can be used
+    resident  bytes that loading the model adds to this process
+    buffers   bytes for computing batches of `tokens` tokens
+    cells     bytes of the KV cache for one token
+    """
+
+    kind: Kind
+    threads: int = 1
+    tokens: int = 1
+    depth: int = 0
+    kv: str = "f16"
+
+    @property
+    def key(self) -> str:
+        """Its name in a record."""
+        return f"{self.kind} threads={self.threads} tokens={self.tokens} depth={self.depth} kv={self.kv}"
+
+    def samples(self, rounds: int) -> int:
+        """How many are enough: sizes do not vary, and long steps less than short ones."""
+        if self.kind in ("resident", "buffers", "cells"):
+            return 1
+        return min(rounds, 2) if self.tokens > _LONG else rounds
+
+    @property
+    def shared(self) -> bool:
+        """Whether it is the same for all layouts of a model: how its weights are stored does not matter."""
+        return self.kind in ("depth", "cells")
+
+
+class Shape(msgspec.Struct, frozen=True, kw_only=True):
+    """The lengths that are measured and the whole, as layers and as bytes of layers.
+
+    tensor_bytes: of all weights. read_bytes: of those that a step reads (a table of embeddings is not).
+    """
+
+    layers: tuple[int, ...]
+    layer_bytes: tuple[int, ...]
+    whole_layers: int
+    whole_layer_bytes: int
+    tensor_bytes: int
+    read_bytes: int
+
+
+class Key(msgspec.Struct, frozen=True, kw_only=True):
+    """What measurements hold for: class of machines, sha256 of the model, layout, version of the bindings."""
+
+    hardware: str
+    model: str
+    layout: str
+    library: str
+
+
+class Record(msgspec.Struct, kw_only=True):
+    """All samples so far, by the key of their task."""
+
+    version: int = VERSION
+    key: Key
+    shape: Shape
+    samples: dict[str, list[Sample]] = {}
+
+    def count(self, task: Task) -> int:
+        """Samples of a task."""
+        return len(self.samples.get(task.key, ()))
+
+    def add(self, task: Task, sample: Sample) -> None:
+        """Keep one more. Raises ConfigError for values that no measurement gives."""
+        if not sound(sample, values(task.key, self.shape)):
+            raise ConfigError(f"Measuring {task.key} gave {sample}, which cannot be.")
+        self.samples.setdefault(task.key, []).append(sample)
+
+    def whole(self, task: Task) -> float | None:
+        """The value for the whole model; None if the task was not measured."""
+        samples = self.samples.get(task.key)
+        return extrapolate(self.shape, typical(samples)) if samples else None
+
+
+class Bench(Protocol):
+    """What measures: a model cut to the lengths of `shape`, on this machine."""
+
+    @property
+    def shape(self) -> Shape: ...
+
+    def measure(self, task: Task) -> Sample:
+        """One sample. Raises LichenError."""
+
+
+def values(key: str, shape: Shape) -> int:
+    """How many values a sample of the task with this key has."""
+    return 1 if key.startswith("depth ") else len(shape.layers)
+
+
+def sound(sample: Sequence[float], lengths: int) -> bool:
+    """Whether values can have been measured."""
+    return len(sample) == lengths and all(math.isfinite(value) and 0 < value < 1e15 for value in sample)
+
+
+def typical(samples: Sequence[Sample]) -> Sample:
+    """For each length the lower quartile of its samples (of up to three, the least)."""
+    columns = list(zip(*samples, strict=True))
+    return tuple(sorted(column)[len(column) // 4] for column in columns)
+
+
+def extrapolate(shape: Shape, sample: Sample) -> float:
+    """The value for the whole model, on the least-squares line over the bytes of layers.
+
+    A line that falls is taken for flat: no layer gives time or memory back.
+    """
+    if len(sample) == 1:
+        return sample[0]
+    slope, start = statistics.linear_regression(shape.layer_bytes, sample)
+    return statistics.fmean(sample) if slope < 0 else start + slope * shape.whole_layer_bytes
+
+
+def thread_counts(threads: int) -> tuple[int, ...]:
+    """Powers of two below `threads`, and itself."""
+    powers = itertools.takewhile(lambda count: count < threads, (1 << n for n in range(20)))
+    return (*powers, max(1, threads))
+
+
+def tasks(threads: int, *, kv_types: Sequence[str] = KV_TYPES, depths: Sequence[int] = DEPTHS) -> list[Task]:
+    """All that a fingerprint needs, what matters most first. threads: the most that are worth while."""
+    counts = thread_counts(threads)[::-1]
+    found = [Task(kind="load"), Task(kind="resident"), *(Task(kind="buffers", tokens=n) for n in BUFFERS)]
+    for count in counts:
+        found += [Task(kind="decode", threads=count, tokens=n) for n in WIDTHS]
+        found += [Task(kind="row", threads=count, tokens=WIDTHS[-1])]
+        found += [Task(kind="chunk", threads=count, tokens=n) for n in CHUNKS]
+    for kind in kv_types:
+        found.append(Task(kind="cells", kv=kind))
+        for count in (counts[0], counts[-1]) if len(counts) > 1 else counts:
+            found += [
+                Task(kind="depth", threads=count, tokens=PROBE, depth=depth, kv=kind) for depth in depths
+            ]
+    return found
+
+
+# ---- from measurements to curves ------------------------------------------------------------------
+
+
+def fingerprint(record: Record, wanted: Sequence[Task]) -> Fingerprint | None:
+    """The curves of the whole model; None while something of `wanted` was not measured at all."""
+    values = {task: record.whole(task) for task in wanted}
+    if any(value is None for value in values.values()):
+        return None
+    known = {task: value for task, value in values.items() if value is not None}
+    caches = tuple(
+        _kv_cost(record.shape, known, kind)
+        for kind in sorted({task.kv for task in known if task.kind == "cells"})
+    )
+    f16 = min(caches, key=lambda cost: cost.type != "f16")  # what steps were measured with
+    counts = sorted({task.threads for task in known if task.kind == "decode"})
+    curves = tuple(_thread_curve(known, count, f16.read.at(count)) for count in counts)
+    resident, shape = known[Task(kind="resident")], record.shape
+    weight_bytes, fixed_bytes = _memory(record, resident)
+    return Fingerprint(
+        hardware=record.key.hardware,
+        model=record.key.model,
+        layout=record.key.layout,
+        library=record.key.library,
+        threads=curves,
+        kv=caches,
+        compute=Curve(tuple((float(n), known[Task(kind="buffers", tokens=n)]) for n in BUFFERS)),
+        weight_bytes=weight_bytes,
+        fixed_bytes=fixed_bytes,
+        load_seconds=known[Task(kind="load")],
+        bandwidth=shape.read_bytes / curves[-1].batch.at(1),
+    )
+
+
+def _thread_curve(known: dict[Task, float], threads: int, read: float) -> ThreadCurve:
+    """Points of batches: decoding steps without their further rows, chunks without what they attend to."""
+    widest = WIDTHS[-1]
+    steps = {n: known[Task(kind="decode", threads=threads, tokens=n)] for n in WIDTHS}
+    lone = known[Task(kind="row", threads=threads, tokens=widest)]
+    row = max(0.0, steps[widest] - lone) / (widest - 1)
+    points = [(float(n), max(0.0, seconds - (n - 1) * row)) for n, seconds in steps.items()]
+    for n in CHUNKS:
+        attended = n * (n + 1) / 2  # token i of a chunk attends to itself and the i before it
+        points.append(
+            (float(n), max(0.0, known[Task(kind="chunk", threads=threads, tokens=n)] - attended * read))
+        )
+    return ThreadCurve(threads=threads, batch=Curve(tuple(points)), output_row=row)
+
+
+def _kv_cost(shape: Shape, known: dict[Task, float], kind: str) -> KVCost:
+    """Seconds of a cell by threads: the slope over the depths that were measured."""
+    points: dict[int, list[tuple[int, float]]] = {}
+    for task, value in known.items():
+        if task.kind == "depth" and task.kv == kind:
+            points.setdefault(task.threads, []).append((task.depth, value))
+    slopes = []
+    for threads, line in sorted(points.items()):
+        slope, _ = statistics.linear_regression([depth for depth, _ in line], [value for _, value in line])
+        cell = max(0.0, slope) / PROBE * shape.whole_layers / shape.layers[0]
+        slopes.append((float(threads), cell))
+    return KVCost(type=kind, cell_bytes=round(known[Task(kind="cells", kv=kind)]), read=Curve(tuple(slopes)))
+
+
+def _memory(record: Record, resident: float) -> tuple[int, int]:
+    """Bytes of weights, with the second copy of repacked ones, and of all else that loading adds."""
+    shape = record.shape
+    sample = typical(record.samples[Task(kind="resident").key])
+    if len(sample) < 2:
+        return shape.tensor_bytes, max(0, round(resident) - shape.tensor_bytes)
+    slope, _ = statistics.linear_regression(shape.layer_bytes, sample)
+    weight_bytes = max(shape.tensor_bytes, round(shape.tensor_bytes * slope))
+    return weight_bytes, max(0, round(resident) - weight_bytes)
