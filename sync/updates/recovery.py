@@ -78,10 +78,11 @@ def _mend_unserved(pair: _Pair, name: str, update: Update, slot: Slot) -> None:
         pair.ledger.add(_adopted(name, slot.active, pair.now))
     elif update.sha256 in slot.bad:
         pair.end(update, "unhealthy", "It failed its trial.")
-    elif update.state == "active" and pair.whole(update):
-        pair.switch(update, confirmed=False)  # the switch was torn
-    elif update.state == "active":
+    elif update.state in ("staged", "active") and not pair.whole(update):  # torn since they were hashed
+        pair.store.blob(update.sha256).unlink(missing_ok=True)
         pair.end(update, "failed", "Its bytes were damaged on this machine.")
+    elif update.state == "active":
+        pair.switch(update, confirmed=False)  # the switch was torn
 
 
 def _adopted(name: str, version: Version, now: float) -> Update:
