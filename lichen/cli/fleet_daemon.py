@@ -107,6 +107,7 @@ class Taker:
         await task
 
     async def _take(self) -> None:
+        from lichen.devices.hardware import class_here
         from lichen.devices.probe import probe
         from lichen.sync.pace import RateLimit
         from lichen.sync.store import Store
@@ -127,6 +128,7 @@ class Taker:
             _CrossingTrial(self._pool, threads, self._loop),
             running=lichen.__version__,
             clock=time.time,
+            hardware=class_here(),
             permit=lambda update: schedule.waits(rules, schedule.look(), update),
             on_change=lambda update: log.info("%s is %s. %s", update.target, update.state, update.reason),
         )

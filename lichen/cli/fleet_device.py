@@ -13,7 +13,7 @@ import typer
 
 import lichen
 from lichen.cli.fleet import AsJson, _device, _show, fleet
-from lichen.cli.settings import config_of, megabytes, table
+from lichen.cli.settings import config_of, table
 from lichen.errors import FleetError, OfflineError, SourceError
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def state(context: typer.Context, as_json: AsJson = False) -> None:
     names = sorted({*slots, *latest})
     rows = [_row(name, slots.get(name), latest.get(name)) for name in names]
     if as_json:
-        shown = {
+        document = {
             "fleet": now.enrolment.fleet,
             "can_update": now.can_update,
             "expires": now.standing.expires.isoformat(),
@@ -80,12 +80,16 @@ def state(context: typer.Context, as_json: AsJson = False) -> None:
             "sentence": now.sentence,
             "updates": rows,
         }
-        typer.echo(json.dumps(shown, indent=2))
+        typer.echo(json.dumps(document, indent=2))
         return
     typer.echo(now.sentence)
     if rows:
-        columns = ("name", "active", "previous", "update", "state", "since", "reason")
-        table("", [column.upper() for column in columns], ([row[c] for c in columns] for row in rows))
+        columns = ("active", "update", "state", "since")  # what 80 characters hold
+        cells = ([row["name"], *(_brief(row, column) for column in columns)] for row in rows)
+        table("", ["NAME", *(column.upper() for column in columns)], cells)
+    for row in rows:
+        if row["reason"]:
+            typer.echo(f"{row['name']}: {row['reason']}")
 
 
 @fleet.command()
@@ -160,6 +164,7 @@ class _member:
     """This machine's membership, closed at the end."""
 
     def __init__(self, context: typer.Context, trial: Any, urls: tuple[str, ...] = ()) -> None:
+        from lichen.devices.hardware import class_here
         from lichen.sync.store import Store
         from lichen.sync.trust.member import Member
 
@@ -172,6 +177,7 @@ class _member:
             running=lichen.__version__,
             clock=time.time,
             urls=urls,
+            hardware=class_here(),
             on_change=lambda update: print(_line(update), file=sys.stderr, flush=True),
         )
 
@@ -237,11 +243,17 @@ def _row(name: str, slot: Any, update: Update | None) -> dict[str, str]:
         "name": name,
         "active": short(slot.active if slot is not None else None),
         "previous": short(slot.previous if slot is not None else None),
-        "update": "" if update is None else f"{update.target} {megabytes(update.size)}",
+        "update": "" if update is None else update.target,
         "state": "" if update is None else update.state.replace("_", " "),
         "since": since,
         "reason": "" if update is None else update.reason,
     }
+
+
+def _brief(row: dict[str, str], column: str) -> str:
+    """A cell without the kind, which the name says."""
+    kind, slash, _ = row["name"].partition("/")
+    return row[column].removeprefix(kind + slash)
 
 
 def _line(update: Update) -> str:

@@ -39,10 +39,14 @@ LENIENT = Health()  # what the fleet goes back to was good before
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """What a machine should have. drop: slots that the fleet took back. reasons: of rollouts, by slot."""
+    """What a machine should have. drop: slots that the fleet took back. reasons: of rollouts, by slot.
+
+    cancel: slots whose update under way goes to a version that their rollout does not want here any more.
+    """
 
     assignments: tuple[Assignment, ...] = ()
     drop: tuple[str, ...] = ()
+    cancel: tuple[str, ...] = ()
     reasons: dict[str, str] = {}
 
 
@@ -86,6 +90,8 @@ class Member:
     ) -> list[Outcome]:
         """Do what the rollouts say, and bring `targets` besides. Raises FleetError, SourceError."""
         plan = await self.plan(targets)
+        for slot in plan.cancel:
+            await self.updater.call_off(slot, f"Its rollout says: {plan.reasons[slot]}.")
         for slot in plan.drop:
             await self.updater.drop(slot)
         return await self.updater.pull(plan.assignments, progress=progress, pace=pace)
@@ -103,7 +109,9 @@ class Member:
                 except ManifestError as error:  # a document of another kind, or for a newer lichen
                     log.info("%s is no rollout that this lichen reads: %s", target.manifest.path, error)
         followed = [policy for policy in policies if policy is not None]
-        return planned(followed, targets, Slots(self._store.root).mendable(), self._facts, self._clock())
+        slots, latest = Slots(self._store.root).mendable(), self.updater.ledger.latest()
+        under_way = {slot: update for slot, update in latest.items() if not update.ended}
+        return planned(followed, targets, slots, under_way, self._facts, self._clock())
 
     async def _policy(self, name: str, mirrors: list[Fetcher] | None) -> Policy | None:
         kept = self._folder / "policies"
@@ -119,11 +127,12 @@ class Member:
             return await self.reporter.flush(http_post(client, self._bundle.collector))
 
     def _facts(self, slot: Slot) -> DeviceFacts:
+        has = slot.active if slot.confirmed else slot.previous  # a version on trial is not had yet
         return DeviceFacts(
             id=self.reporter.id,
             tags=self._bundle.tags,
             hardware=self._hardware,
-            active=None if slot.active is None else slot.active.sha256,
+            active=None if has is None else has.sha256,
             refused=frozenset(slot.bad),
         )
 
@@ -140,24 +149,28 @@ def planned(
     policies: Sequence[Policy],
     targets: Sequence[str],
     slots: dict[str, Slot],
+    under_way: dict[str, Update],
     facts: Callable[[Slot], DeviceFacts],
     now: float,
 ) -> Plan:
     """The plan from rollouts and wishes; a rollout's word counts over a wish. Pure. now: seconds since 1970.
 
-    Without either, what is in use is kept up to date. Raises FleetError for a wish of no known kind.
+    Without either, updates under way go on, and what is in use is kept up to date. Raises FleetError for a
+    wish of no known kind.
     """
     moment = datetime.datetime.fromtimestamp(now, datetime.UTC)
     found: dict[str, Assignment] = {}
-    dropped, reasons, led = [], {}, set()
+    dropped, cancelled, reasons = [], [], {}
     for policy in policies:
         name = f"{policy.kind}/{policy.name}"
         slot = slots.get(name, Slot())
         decision = decide(policy, facts(slot), moment)
-        led.add(name)
         reasons[name] = decision.reason
-        release = decision.release
-        if release is not None and decision.action != "keep":
+        release = decision.release if decision.action != "keep" else None
+        update = under_way.get(name)
+        if update is not None and (release is None or release.sha256 != update.sha256):
+            cancelled.append(name)
+        if release is not None:
             found[name] = Assignment(
                 slot=name,
                 target=release.path,
@@ -167,14 +180,23 @@ def planned(
             )
         elif decision.action == "return" and slot.active is not None:
             dropped.append(name)
-    for target in targets or [name for name, slot in slots.items() if slot.active is not None]:
+    for name, target in _wishes(targets, slots, under_way).items():
+        if name not in reasons:
+            found[name] = Assignment(slot=name, target=target)
+    return Plan(
+        assignments=tuple(found.values()), drop=tuple(dropped), cancel=tuple(cancelled), reasons=reasons
+    )
+
+
+def _wishes(targets: Sequence[str], slots: dict[str, Slot], under_way: dict[str, Update]) -> dict[str, str]:
+    """Targets by slot: those that were named, or else what this machine has or is about to have."""
+    for target in targets:
         if target.partition("/")[0] not in KINDS:
             raise FleetError(f"{target!r} is no target.", hint="Such as models/support or adapters/support.")
-        if target not in led:
-            standing = slots.get(target, Slot()).active
-            path = target if targets or standing is None else standing.target
-            found[target] = Assignment(slot=target, target=path)
-    return Plan(assignments=tuple(found.values()), drop=tuple(dropped), reasons=reasons)
+    if targets:
+        return {target: target for target in targets}
+    standing = {name: slot.active.target for name, slot in slots.items() if slot.active is not None}
+    return standing | {name: update.target for name, update in under_way.items()}
 
 
 def told(update: Update) -> UpdateReport:

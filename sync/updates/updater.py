@@ -129,6 +129,18 @@ class Updater:
             self.slots.drop(slot)
             await asyncio.to_thread(self._tidy)
 
+    async def call_off(self, slot: str, reason: str) -> None:
+        """End the update of a slot that is not wanted any more, if one is under way; what is in use stays.
+
+        Raises FleetError where another process is at it.
+        """
+        async with self._locked():
+            await self._recover()
+            update = self.ledger.latest().get(slot)
+            if update is not None and not update.ended:
+                self._end(update, "cancelled", reason)
+            await asyncio.to_thread(self._tidy)
+
     async def cancel(self, slot: str) -> Update:
         """End the update of a slot; one on trial goes back to the old version. Raises FleetError.
 

@@ -62,7 +62,8 @@ def test_the_guide_runs(places: dict[str, str], tmp_path: Path) -> None:
             shutil.rmtree(tmp_path / "fleet" / "metadata")  # no network: its mirror is gone
         run(line, second if line.startswith("lichen import") else first)
     assert said['lichen run fleet:support "Why is the sky blue?"'].strip()
-    assert "models/support-1" in said["lichen fleet state"]
+    shown = said["lichen fleet state"].splitlines()
+    assert any(line.split()[:2] == ["models/support", "support-1"] for line in shown), shown
     state = json.loads(run("lichen fleet state --json", first).stdout)
     assert {row["name"]: row["state"] for row in state["updates"]} == {
         "adapters/tone": "confirmed",

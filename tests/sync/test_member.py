@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import shutil
 from collections import namedtuple
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from lichen.errors import (
     SourceError,
 )
 from lichen.sync.manifest import make_manifest
-from lichen.sync.rollout import Policy, Wave, roll_back
+from lichen.sync.rollout import DeviceFacts, Policy, Wave, pause, resume, roll_back, stop
 from lichen.sync.store import Store
 from lichen.sync.trust.bringing import FleetSupply
 from lichen.sync.trust.device import Device
@@ -55,6 +55,7 @@ class Studio:
         self.server = RangeServer(self.repository)
         self.members: list[Member] = []
         self.oracle = Oracle()
+        self.held = ""  # the state in which updates wait
 
     def seconds(self) -> float:
         return self.now.timestamp()
@@ -83,6 +84,7 @@ class Studio:
             running=RUNNING,
             clock=self.seconds,
             urls=urls,
+            permit=lambda update: "later" if update.state == self.held else "",
         )
         self.members.append(member)
         return member
@@ -243,6 +245,55 @@ async def test_a_rollout_that_is_taken_back_leaves_nothing(studio: Studio) -> No
         studio.serves("mixtures/it")
 
 
+@pytest.mark.parametrize(
+    ("held", "change"),
+    [
+        ("offered", roll_back),
+        ("downloading", pause),
+        ("staged", stop),
+        ("active", pause),
+        ("active", roll_back),
+    ],
+)
+async def test_an_update_under_way_ends_with_its_rollout(
+    studio: Studio, held: str, change: Callable[[Policy], Policy]
+) -> None:
+    studio.publish("mixtures/it-1", b"{}")
+    studio.publish("mixtures/it-2", b"[]")
+    studio.rollouts.start("mixtures", "it", "1", (Wave(),))
+    member = studio.member()
+    await member.pull()
+    studio.rollouts.start("mixtures", "it", "2", (Wave(),))
+    studio.held = held
+    (outcome,) = await member.pull()
+    assert outcome.waiting == "later"
+    studio.held = ""
+    studio.rollouts.change("it", change)
+    assert await member.pull() == []
+    update = member.updater.ledger.latest()["mixtures/it"]
+    assert (update.state, update.cause) == ("rolled_back", "cancelled")
+    assert "Its rollout says: the rollout is" in update.reason
+    assert studio.serves("mixtures/it") == b"{}"
+    if change is pause:
+        studio.rollouts.change("it", resume)
+        await member.pull()
+        assert studio.serves("mixtures/it") == b"[]", "no mark against the version"
+
+
+@pytest.mark.parametrize("held", ["offered", "active"])
+async def test_what_was_begun_is_ended_by_the_next_pull(studio: Studio, held: str) -> None:
+    """Also a trial in which the process died, and a wish that nothing is in use of yet."""
+    studio.publish("mixtures/it-1", b"{}")
+    studio.publish("mixtures/wish", b"[]")
+    studio.rollouts.start("mixtures", "it", "1", (Wave(),))
+    member, studio.held = studio.member(), held
+    await member.pull(["mixtures/wish"])
+    studio.held = ""
+    await member.pull()
+    states = {slot: update.state for slot, update in member.updater.ledger.latest().items()}
+    assert states == {"mixtures/it": "confirmed", "mixtures/wish": "confirmed"}
+
+
 async def test_a_stick_brings_what_the_network_would(studio: Studio, tmp_path: Path) -> None:
     """Every root since the first travels too: the importing machine knows only that."""
     studio.publish("models/it", gguf_of(FIRST))
@@ -282,18 +333,15 @@ async def test_a_mirror_that_is_gone_is_said(studio: Studio) -> None:
         await studio.member().pull()
 
 
-def test_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plan() -> None:
     """A rollout's word counts over a wish, and what is in use is kept up to date without either."""
 
     def plan(policies: list[Policy], targets: list[str], **slots: Slot) -> dict[str, str]:
-        from lichen.sync.rollout import DeviceFacts
-
         def facts(slot: Slot) -> DeviceFacts:
             return DeviceFacts(id="d", active=None if slot.active is None else slot.active.sha256)
 
-        made = planned(
-            policies, targets, {f"adapters/{k}": s for k, s in slots.items()}, facts, NOW.timestamp()
-        )
+        kept = {f"adapters/{name}": slot for name, slot in slots.items()}
+        made = planned(policies, targets, kept, {}, facts, NOW.timestamp())
         return {each.slot: each.target for each in made.assignments}
 
     assert plan([], []) == {}
