@@ -109,6 +109,9 @@ class ModelPool(Residency):
         """
         name = name or DEFAULT
         old = self._names.get(name)
+        if old is not None and old.state == "loading":
+            with suppress(LichenError):
+                await asyncio.shield(old.loaded)
         if old is None or old.state != "ready":
             return False
         found = await asyncio.to_thread(self.shelf.find, name)
@@ -125,7 +128,7 @@ class ModelPool(Residency):
             elif meant != old.candidate.name:
                 self._names.pop(alias, None)
         if new is not None:
-            new.pinned = old.pinned
+            new.pinned, new.keep_alive = old.pinned, old.keep_alive
             self._leave(new)
         old.pinned, old.keep_alive = False, 0.0
         if not old.users and old.state == "ready":

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lichen.runtime.pool import ModelPool
 
 CONTEXT = 2048  # tokens; a health prompt and its answer have fewer
+KEPT_S = 20.0  # that a version stays loaded behind its trial, for the daemon to move to
 WINDOW = 256  # tokens of a stretch of the scored text
 
 
@@ -75,8 +76,9 @@ class PoolTrial(EngineTrial):
 
     @asynccontextmanager
     async def _running(self, version: Installed) -> AsyncIterator[ServedModel]:
-        name = version.slot.partition("/")[2]
-        async with self._pool.use(f"{name}-{version.sha256[:8]}") as model:
+        name = f"{version.slot.partition('/')[2]}-{version.sha256[:8]}"
+        keep_alive = KEPT_S if self._pool.served(name) is None else None  # what serves stays as it was
+        async with self._pool.use(name, keep_alive) as model:
             yield model
 
 

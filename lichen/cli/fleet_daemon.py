@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 import threading
 import time
 from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +28,7 @@ from lichen.sync.updates.health import Answer, Installed, Prompt
 from lichen.sync.updates.slots import Slots
 
 LOOK_S = 1.0  # between two looks at what is in use
+AGAIN_S = 30.0  # before a version that could not be loaded is tried again
 FIRST_S = 10.0  # after the start, before the first look for updates
 
 log = logging.getLogger("lichen.fleet")
@@ -41,6 +43,7 @@ class Mover:
         self._slots = Slots(config.home / "store")
         self._file = config.home / "store" / "active"
         self._seen: tuple[int, int] | None = None
+        self._again_at = 0.0  # on the loop's clock
 
     async def run(self) -> None:
         """Look for ever; cancel it."""
@@ -52,10 +55,11 @@ class Mover:
                 log.exception("The daemon could not move to another version.")
 
     async def look(self) -> None:
-        """Move to what was confirmed since the last look. What cannot be loaded is left for requests."""
-        stamp = await asyncio.to_thread(_stamp, self._file)
-        if stamp == self._seen:
+        """Move to what was confirmed since the last look; what could not be loaded then is tried again."""
+        stamp, now = await asyncio.to_thread(_stamp, self._file), asyncio.get_running_loop().time()
+        if stamp == self._seen and now < self._again_at:
             return
+        self._seen, self._again_at = stamp, math.inf
         slots = await asyncio.to_thread(self._slots.mendable)
         for slot, found in slots.items():
             kind, _, name = slot.partition("/")
@@ -63,10 +67,12 @@ class Mover:
                 continue
             own = [None] if self._config.model == f"{FLEET}{name}" else []
             for alias in (*own, f"{FLEET}{name}"):
-                with suppress(LichenError):
+                try:
                     if await self._pool.renew(alias):
                         log.info("%s%s is another version from now on.", FLEET, name)
-        self._seen = stamp
+                except LichenError as error:
+                    log.warning("%s%s stays at its version for now: %s", FLEET, name, error)
+                    self._again_at = now + AGAIN_S
 
 
 class Taker:

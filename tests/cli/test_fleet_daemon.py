@@ -8,6 +8,7 @@ import random
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -18,7 +19,7 @@ from tests.cli.test_commands import lichen
 from tests.conftest import RunningDaemon, StartDaemon
 
 HEALTH = {
-    "prompts": [{"text": "Why is the sky blue?", "expects": ["scatter"], "max_tokens": 24}],
+    "prompts": [{"text": "Why is the sky blue?", "expects": ["sky"], "max_tokens": 24}],
     "seconds": 120,
 }
 
@@ -33,17 +34,38 @@ def spoiled(path: Path, target: Path) -> None:
 
 
 def renamed(path: Path, target: Path) -> None:
-    """The same weights under another hash: one byte of a text in the header."""
+    """The same weights under another hash: one letter of the name in the header, which no prompt holds."""
     data = path.read_bytes()
-    at = data.index(b"You are a helpful AI assistant")
-    target.write_bytes(data[:at] + b"you" + data[at + 3 :])
+    at = data.index(b"Smollm2 135M")
+    target.write_bytes(data[:at] + b"s" + data[at + 1 :])
 
 
 async def asking(url: str, until: Callable[[], bool]) -> tuple[set[str], int]:
-    """Ask `fleet:support` all the time; the models that answered, and how often."""
+    """Ask `fleet:support` all the time; the models that answered, and how often.
+
+    Meanwhile the event loop must answer at once, whatever is loaded and tried.
+    """
+    pulse = asyncio.ensure_future(beating(url))
+    try:
+        return await _asking(url, until)
+    finally:
+        pulse.cancel()
+        with suppress(asyncio.CancelledError):
+            await pulse
+
+
+async def beating(url: str) -> None:
+    """Ask how the daemon is, for ever. Raises httpx.ReadTimeout when it does not say so soon."""
+    async with httpx.AsyncClient(timeout=5) as client:
+        while True:
+            assert (await client.get(f"{url}/health")).status_code == 200
+            await asyncio.sleep(0.1)
+
+
+async def _asking(url: str, until: Callable[[], bool]) -> tuple[set[str], int]:
     answered, count = set(), 0
     async with httpx.AsyncClient(timeout=300) as client:
-        while not until():
+        while not await asyncio.to_thread(until):
             body = {
                 "model": "fleet:support",
                 "messages": [{"role": "user", "content": "Why is the sky blue?"}],
@@ -79,17 +101,18 @@ def test_no_request_is_dropped_while_versions_come_and_go(
         (row,) = json.loads(run("state", "--json").stdout)["updates"]
         return row["state"], row["reason"]
 
-    def waiting_for(state: str) -> Callable[[], bool]:
+    def within(reached: Callable[[], bool]) -> Callable[[], bool]:
+        """Look every second, for four minutes."""
         deadline, last = time.monotonic() + 240, [0.0]
 
-        def reached() -> bool:
+        def look() -> bool:
             assert time.monotonic() < deadline, stands()
             if time.monotonic() - last[0] < 1:
                 return False
             last[0] = time.monotonic()
-            return stands()[0] == state
+            return reached()
 
-        return reached
+        return look
 
     run("init", str(repository), "--mirror", repository.as_uri(), "--name", "moss")
     publish(model_path)
@@ -103,11 +126,16 @@ def test_no_request_is_dropped_while_versions_come_and_go(
     renamed(model_path, second)
     publish(second)
     first = loaded(daemon)
-    answered, count = asyncio.run(asking(daemon.url, lambda: not first & loaded(daemon)))
+
+    def moved() -> bool:
+        assert stands()[0] != "rolled back", stands()
+        return not first & loaded(daemon)
+
+    answered, count = asyncio.run(asking(daemon.url, within(moved)))
     assert count >= 2
     spoiled(model_path, bad)
     publish(bad)
-    more, _ = asyncio.run(asking(daemon.url, waiting_for("rolled back")))
+    more, _ = asyncio.run(asking(daemon.url, within(lambda: stands()[0] == "rolled back")))
     assert "answered 0 of 1" in stands()[1]
     assert len(answered | more) == 2, "the first and the second version, and never the bad one"
 

@@ -55,6 +55,37 @@ async def test_the_pin_goes_with_the_name() -> None:
     await pool.close()
 
 
+async def test_the_new_model_stays_as_long_as_the_old_one_was_to() -> None:
+    """Whatever was said when it was loaded for its trial."""
+    shelf = MovingShelf(100, a=30, b=30)
+    pool = shelf.pool(keep_alive=-1)
+    await pool.load("fleet:it")
+    async with pool.use("b", keep_alive=0.02):
+        pass
+    shelf.meaning["fleet:it"] = "b"
+    assert await pool.renew("fleet:it")
+    await asyncio.sleep(0.06)
+    assert names(pool) == {"b"}
+    await pool.close()
+
+
+async def test_a_name_that_is_being_loaded_moves_too() -> None:
+    shelf = MovingShelf(100, a=30, b=30)
+    pool = shelf.pool(keep_alive=-1)
+    shelf.gate.clear()
+    loading = asyncio.ensure_future(pool.load("fleet:it"))
+    await until(lambda: shelf.loads == ["a"])
+    shelf.meaning["fleet:it"] = "b"
+    moving = asyncio.ensure_future(pool.renew("fleet:it"))
+    await asyncio.sleep(0)
+    shelf.gate.set()
+    await loading
+    assert await moving
+    async with pool.use("fleet:it") as model:
+        assert model.info.name == "b"
+    await pool.close()
+
+
 async def test_where_both_do_not_fit_the_next_request_waits_for_the_new_one() -> None:
     shelf = MovingShelf(100, a=80, b=90)
     pool = shelf.pool(keep_alive=-1, wait=0.05)
