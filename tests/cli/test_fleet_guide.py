@@ -52,7 +52,7 @@ def test_the_guide_runs(places: dict[str, str], tmp_path: Path) -> None:
         words = [places.get(word, word) for word in shlex.split(line)[1:]]
         if words[0] == "run":
             words += ["--max-tokens", "8"]  # that it answers is enough
-        done = lichen(*words, home=home, LICHEN_FLEET_PASSPHRASE="correct horse", LICHEN_THREADS="2")
+        done = lichen(*words, home=home, LICHEN_FLEET_PASSPHRASE="correct horse", LICHEN_THREADS="1")
         assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
         said[line] = done.stdout
         return done
