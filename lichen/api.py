@@ -329,6 +329,9 @@ def model_options(config: Config) -> ModelOptions:
         slots=config.slots,
         threads=threads,
         queue=config.queue,
+        batch=config.batch,
+        chunk=config.chunk,
+        kv_type=config.kv_type,
         spill_folder=config.home / "prefix-cache" if config.prefix_cache else None,
         spill_limit=config.prefix_cache,
         speculation=SpeculationOptions(

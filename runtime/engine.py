@@ -24,7 +24,7 @@ from dataclasses import replace
 import msgspec
 
 from lichen.errors import ContextOverflow, EngineError, LichenError, Unavailable
-from lichen.runtime.admission import Admission, State
+from lichen.runtime.admission import Admission, State, line_up
 from lichen.runtime.batch import pack, slot_of
 from lichen.runtime.counters import Counters
 from lichen.runtime.drawing import Drawing
@@ -56,6 +56,7 @@ class Engine:
         queue_limit: int,
         spill: SpillStore | None = None,
         speculation: Speculation | None = None,
+        share: int = PREFILL_SHARE,
     ) -> None:
         self.model = model
         self.context = context
@@ -72,7 +73,7 @@ class Engine:
             Budget(
                 step=context.batch,
                 prompts_step=max(1, context.batch // 4),
-                share=min(PREFILL_SHARE, context.batch),
+                share=min(share, context.batch),
             )
         )
         self._counters = Counters(free_slots=context.slots)
@@ -93,7 +94,7 @@ class Engine:
                 raise ContextOverflow(len(sequence.prompt), self.context.context)
             sequence.options.check(self.model.vocab_size)
         self._admission.enter(len(sequences), self._counters)
-        self._inbox.put(lambda: self._waiting.extend(sequences))
+        self._inbox.put(lambda: line_up(self._waiting, sequences))
 
     def cancel(self, sequence: Sequence) -> None:
         """End a sequence wherever it is; its cells are free before the next step. No event follows."""

@@ -4,18 +4,24 @@ Continuous batching with chunked prefill (the idea of Sarathi-Serve, arXiv 2403.
 wait, each of them may put `share` tokens between two tokens of the running streams, so a prompt slows a
 stream by a known amount, and a burst of prompts is through before the streams go on.
 Several short prompts go in smaller steps, the one with the fewest tokens left first, so that they end
-one after another; waiting raises a prompt's rank steadily, so that none starves. It knows nothing of
-llama.cpp, threads or clocks.
+one after another; waiting raises a prompt's rank steadily, so that none starves. What a request wants
+(`SamplingOptions.intent`) gives its prompt a bounded head start in that order, and another share.
+It knows nothing of llama.cpp, threads or clocks.
 A deterministic sequence has steps of its own, in turn with everybody else's, always of one shape.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
+from lichen.devices.intent import Intent
 from lichen.runtime.sequence import Sequence
+
+# Tokens by which a prompt counts as shorter than it is.
+HEAD_START: Mapping[Intent, int] = {"latency": 4096, "throughput": -4096, "battery": -4096}
+_PATIENT = 4  # the part of a share that the prompts of patient requests get
 
 
 @dataclass(slots=True, frozen=True)
@@ -52,13 +58,14 @@ class Budget:
 class Scheduler:
     """Packs steps. Invariants: no step exceeds its budget; every live sequence advances within a bounded
     number of steps; between two tokens of a stream at most `share` prompt tokens are computed for each
-    prompt that waited meanwhile (as long as all streams fit in a step)."""
+    prompt that waited meanwhile, a whole step for one whose intent is latency (as long as all streams fit in
+    a step)."""
 
     def __init__(self, budget: Budget) -> None:
         self.budget = budget
         self._waited: dict[int, int] = {}  # sequence id -> tokens of other prompts computed before it
         self._between = 0  # prompt tokens computed since the streams had their last token
-        self._burst: set[int] = set()  # ids of the prompts that waited since then
+        self._burst: dict[int, int] = {}  # prompts that waited since then: their ids and shares
         self._alone_last = 0  # id of the deterministic sequence that had the step before; 0: the others had
 
     def plan(self, live: Iterable[Sequence]) -> list[Chunk]:
@@ -83,12 +90,12 @@ class Scheduler:
             (streams if sequence.drawn and sequence.remaining == 1 else prompts).append(sequence)
         budget = self.budget
         if prompts and streams:
-            self._burst.update(sequence.id for sequence in prompts)
+            self._burst |= {sequence.id: self._share(sequence) for sequence in prompts}
         else:
-            self._between, self._burst = 0, set()  # nobody waits for the other
-        ranked = sorted(prompts, key=lambda s: (s.remaining - self._waited.get(s.id, 0), s.id))
+            self._between, self._burst = 0, {}  # nobody waits for the other
+        ranked = sorted(prompts, key=self._rank)
         room = max(budget.prompts_step, min(budget.step, ranked[0].remaining)) if ranked else 0
-        allowed = budget.share * len(self._burst) - self._between
+        allowed = sum(self._burst.values()) - self._between
         if streams and prompts and allowed >= room:
             chunks = self._prefill(ranked, room)  # the streams' next tokens can wait for these
             self._between += sum(chunk.count for chunk in chunks)
@@ -96,8 +103,23 @@ class Scheduler:
         chunks = [Chunk(sequence, sequence.computed, 1) for sequence in streams[: budget.step]]
         if streams:
             room = min(room, max(allowed, 1), budget.step - len(chunks))
-            self._between, self._burst = 0, set()
+            self._between, self._burst = 0, {}
         return chunks + self._prefill(ranked, room)
+
+    def _rank(self, sequence: Sequence) -> tuple[int, int]:
+        """Prompts go in this order: tokens left, less what it waited and what its intent is given."""
+        given = self._waited.get(sequence.id, 0) + HEAD_START.get(sequence.options.intent, 0)
+        return sequence.remaining - given, sequence.id
+
+    def _share(self, sequence: Sequence) -> int:
+        """Tokens of a prompt that may come between two tokens of a stream."""
+        match sequence.options.intent:
+            case "latency":
+                return self.budget.step
+            case "throughput" | "battery":
+                return max(1, self.budget.share // _PATIENT)
+            case _:
+                return self.budget.share
 
     def _prefill(self, ranked: list[Sequence], room: int) -> list[Chunk]:
         """Chunks of at most `room` tokens in all, in that order, and what it means for who waited."""

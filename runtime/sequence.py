@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
+from lichen.devices.intent import Intent
 from lichen.errors import LichenError, RequestError
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True):
     the bit (docs/determinism.md); slower, also for others.
     speculation: whether tokens may be drafted and checked several at a time, where the daemon does that
     (docs/speculation.md); it changes the speed, not what is drawn.
+    intent: what counts for this answer beside others: latency goes ahead of them, throughput and battery
+    let them go ahead, for a bounded time (`scheduler.py`, `admission.py`).
     """
 
     max_tokens: int | None = None
@@ -59,6 +62,7 @@ class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True):
     top_logprobs: int | None = None
     deterministic: bool = False
     speculation: bool = True
+    intent: Intent = "balanced"
 
     def check(self, vocab_size: int) -> None:
         """Raise RequestError naming the first field out of its range."""

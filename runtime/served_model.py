@@ -22,7 +22,7 @@ from lichen.runtime.answer_form import AnswerForm, Schema
 from lichen.runtime.chat import Message, capabilities
 from lichen.runtime.constraint import Constraint, Grammars
 from lichen.runtime.embedding import Embedder
-from lichen.runtime.engine import Engine
+from lichen.runtime.engine import PREFILL_SHARE, Engine
 from lichen.runtime.generation import Generation, Mailbox
 from lichen.runtime.grammar import json_grammar, whole_grammar
 from lichen.runtime.metrics import EngineMetrics
@@ -45,15 +45,18 @@ INLINE_CHARACTERS = 2048  # shorter texts are tokenized on the loop: under a mil
 
 class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How to run a model. context: tokens a sequence (0: what it was trained for). slots: sequences at
-    once. threads: for computing. queue: sequences that may wait. batch: tokens a step. spill_folder: where
-    long beginnings of prompts are kept, at most `spill_limit` bytes; None for nowhere. speculation: what
-    drafts tokens."""
+    once. threads: for computing. queue: sequences that may wait. batch: tokens a step. chunk: tokens that
+    each waiting prompt may put between two tokens of a stream. kv_type: how keys and values are stored.
+    spill_folder: where long beginnings of prompts are kept, at most `spill_limit` bytes; None for nowhere.
+    speculation: what drafts tokens."""
 
     context: int = 4096
     slots: int = 4
     threads: int = 1
     queue: int = 64
     batch: int = 256
+    chunk: int = PREFILL_SHARE
+    kv_type: str = "f16"
     spill_folder: Path | None = None
     spill_limit: int = 2_000_000_000
     speculation: SpeculationOptions = SpeculationOptions()
@@ -128,6 +131,7 @@ class ServedModel:
                     threads=options.threads,
                     batch=max(options.batch, options.slots),
                     outputs=options.outputs,
+                    kv=options.kv_type,
                 ),
             )
         except BaseException:
@@ -143,7 +147,14 @@ class ServedModel:
             model.close()
             raise
         spill = _spill_store(model, context, identity, options)
-        engine = Engine(model, context, queue_limit=options.queue, spill=spill, speculation=speculation)
+        engine = Engine(
+            model,
+            context,
+            queue_limit=options.queue,
+            spill=spill,
+            speculation=speculation,
+            share=options.chunk,
+        )
         try:
             served = cls(name, sha256, model, engine, options)
             if spill is not None:

@@ -52,6 +52,17 @@ def serve(
         Number,
         typer.Option("--context", help="Tokens of one conversation; 0: what the model was trained for."),
     ] = None,
+    intent: Annotated[
+        Text, typer.Option(help="Plan for latency, throughput, memory, battery or balanced.")
+    ] = None,
+    objectives: Annotated[
+        Text, typer.Option(help="What the plan must keep, such as 'ttft=300ms, users=8'.")
+    ] = None,
+    batch: Annotated[Number, typer.Option(help="Tokens of one step of the engine.")] = None,
+    chunk: Annotated[
+        Number, typer.Option(help="Tokens of a waiting prompt between two of an answer.")
+    ] = None,
+    kv_type: Annotated[Text, typer.Option(help="Keys and values of the context as f16 or q8_0.")] = None,
     slots: Annotated[Number, typer.Option(help="Conversations answered at the same time.")] = None,
     threads: Annotated[Number, typer.Option(help="Threads that compute; 0: the physical cores.")] = None,
     queue: Annotated[Number, typer.Option(help="Requests that may wait for a slot.")] = None,

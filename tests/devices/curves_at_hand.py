@@ -26,7 +26,7 @@ def fingerprint(layout: str) -> Fingerprint:
             ThreadCurve(threads=1, batch=Curve(one), output_row=9e-4),
             ThreadCurve(threads=2, batch=Curve(two), output_row=5e-4),
         ),
-        kv=(KVCost(type="f16", cell_bytes=23_040, read=1.2e-6),),
+        kv=(KVCost(type="f16", cell_bytes=23_040, read=Curve(((1.0, 2.2e-6), (2.0, 1.2e-6)))),),
         compute=Curve(((64.0, 20e6), (512.0, 110e6))),
         weight_bytes=_BYTES[layout],
         fixed_bytes=60_000_000,
