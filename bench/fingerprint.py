@@ -18,7 +18,7 @@ from typing import Any
 from bench.certificate import certificate, close_certificate, model_file, save
 from bench.flags import model_flags
 from bench.table import Rows, aligned
-from lichen.devices.fingerprint import Key, Record, Task, fingerprint, tasks
+from lichen.devices.fingerprint import PROBE, Key, Record, Task, fingerprint, tasks
 from lichen.devices.schedule import measure, missing
 from lichen.errors import LichenError
 from lichen.quant.cut import layer_count
@@ -106,10 +106,12 @@ def _cell_errors(
     for _ in range(2 * rounds):
         for name, bench, layers in (("cut", cut, cut.shape.layers[0]), ("whole", whole, 1)):
             near, far = (
-                bench.measure(Task(kind="depth", threads=threads, depth=depth))[0]
+                bench.measure(Task(kind="depth", threads=threads, tokens=PROBE, depth=depth))[0]
                 for depth in (SHALLOW, DEEP)
             )
-            added[name].append((far - near) / layers * (cut.shape.whole_layers if name == "cut" else 1))
+            added[name].append(
+                (far - near) / PROBE / layers * (cut.shape.whole_layers if name == "cut" else 1)
+            )
     return dict([_beside("1024 cells", *(statistics.median(values) for values in added.values()))])
 
 

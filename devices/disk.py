@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import time
@@ -48,7 +49,8 @@ def measure_disk(folder: Path, *, size: int = 64 << 20, budget_s: float = 1.0) -
     except OSError as error:
         raise StoreError(f"The disk at {folder} cannot be measured: {error.strerror}.") from error
     finally:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder itself may be none
+            path.unlink(missing_ok=True)
     return DiskSpeed(read=read / read_s, write=written / write_s, cached=cached)
 
 

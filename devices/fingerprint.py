@@ -26,9 +26,12 @@ from lichen.errors import ConfigError
 VERSION = 1  # of a record; a change makes all that was measured unknown
 WIDTHS = (1, 2, 4, 8, 16)  # sequences that decode one token each
 CHUNKS = (32, 128, 512)  # tokens of a prompt
-DEPTHS = (0, 1024, 4096)  # cells that a sequence holds already
+DEPTHS = (0, 1024, 2048)  # cells that a sequence holds already
+PROBE = 16  # tokens behind such a depth: one alone adds too little to be seen above the noise
 KV_TYPES = ("f16", "q8_0")
 BUFFERS = (16, 128, 512)  # tokens of a batch, for the size of buffers
+
+_LONG = 256  # tokens of a batch
 
 Kind: TypeAlias = Literal["decode", "row", "chunk", "depth", "load", "resident", "buffers", "cells"]
 Sample: TypeAlias = tuple[float, ...]  # a value for each length, in ascending order
@@ -40,7 +43,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     decode    seconds of a step of `tokens` sequences, with logits for each
     row       the same with logits for one only
     chunk     seconds of `tokens` tokens of one prompt that nothing comes before, with logits for the last
-    depth     seconds of one token behind `depth` cells, of the short length only
+    depth     seconds of `tokens` tokens of one sequence behind `depth` cells, of the short length only
     load      seconds until the model can be used
     resident  bytes that loading the model adds to this process
     buffers   bytes for computing batches of `tokens` tokens
@@ -58,10 +61,11 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
         """Its name in a record."""
         return f"{self.kind} threads={self.threads} tokens={self.tokens} depth={self.depth} kv={self.kv}"
 
-    @property
-    def exact(self) -> bool:
-        """Whether measuring once is enough: sizes do not vary as times do."""
-        return self.kind in ("resident", "buffers", "cells")
+    def samples(self, rounds: int) -> int:
+        """How many are enough: sizes do not vary, and long steps less than short ones."""
+        if self.kind in ("resident", "buffers", "cells"):
+            return 1
+        return min(rounds, 2) if self.tokens > _LONG else rounds
 
     @property
     def shared(self) -> bool:
@@ -170,7 +174,9 @@ def tasks(threads: int, *, kv_types: Sequence[str] = KV_TYPES, depths: Sequence[
     for kind in kv_types:
         found.append(Task(kind="cells", kv=kind))
         for count in (counts[0], counts[-1]) if len(counts) > 1 else counts:
-            found += [Task(kind="depth", threads=count, depth=depth, kv=kind) for depth in depths]
+            found += [
+                Task(kind="depth", threads=count, tokens=PROBE, depth=depth, kv=kind) for depth in depths
+            ]
     return found
 
 
@@ -187,7 +193,7 @@ def fingerprint(record: Record, wanted: Sequence[Task]) -> Fingerprint | None:
         _kv_cost(record.shape, known, kind)
         for kind in sorted({task.kv for task in known if task.kind == "cells"})
     )
-    f16 = next(cost for cost in caches if cost.type == "f16")
+    f16 = min(caches, key=lambda cost: cost.type != "f16")  # what steps were measured with
     counts = sorted({task.threads for task in known if task.kind == "decode"})
     curves = tuple(_thread_curve(known, count, f16.read.at(count)) for count in counts)
     resident, shape = known[Task(kind="resident")], record.shape
@@ -231,7 +237,8 @@ def _kv_cost(shape: Shape, known: dict[Task, float], kind: str) -> KVCost:
     slopes = []
     for threads, line in sorted(points.items()):
         slope, _ = statistics.linear_regression([depth for depth, _ in line], [value for _, value in line])
-        slopes.append((float(threads), max(0.0, slope) * shape.whole_layers / shape.layers[0]))
+        cell = max(0.0, slope) / PROBE * shape.whole_layers / shape.layers[0]
+        slopes.append((float(threads), cell))
     return KVCost(type=kind, cell_bytes=round(known[Task(kind="cells", kv=kind)]), read=Curve(tuple(slopes)))
 
 

@@ -32,7 +32,7 @@ def missing(record: Record, wanted: Sequence[Task], rounds: int) -> list[Task]:
     due = [
         (number, order[task], task)
         for task in wanted
-        for number in range(record.count(task), 1 if task.exact else rounds)
+        for number in range(record.count(task), task.samples(rounds))
     ]
     return [task for _, _, task in sorted(due, key=lambda one: one[:2])]
 
@@ -56,7 +56,7 @@ def measure(
     interruption.
     """
     due = missing(record, wanted, rounds)
-    total = sum(1 if task.exact else rounds for task in wanted)
+    total = sum(task.samples(rounds) for task in wanted)
     started = saved = clock()
     try:
         for place, task in enumerate(due):

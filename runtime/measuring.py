@@ -6,7 +6,6 @@ does: full of something else. Not covered: models so small that they stay in the
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,7 +26,7 @@ PREFIX = "measuring-"  # of scratch folders
 SOURCE = "source"  # the layout of the file as it is
 SHORT, LONG = 2, 10  # layers of the two lengths
 LONG_BYTES = 400_000_000  # that the layers of the long one take at most, where four layers take less
-SAMPLE_S = 0.02  # that the steps of one sample take together, at least
+SAMPLE_S = 0.03  # that the steps of one sample take together, at least
 MOST_STEPS = 8  # of one sample
 
 _CELLS = 256  # llama.cpp rounds the cells of a sequence up to a multiple of this
@@ -89,7 +88,7 @@ class NativeBench:
         )
 
     def measure(self, task: Task) -> Sample:
-        """One sample: the median of some steps of each length, or bytes."""
+        """One sample: the least of some steps of each length, or bytes."""
         if task.kind == "load":
             return tuple(cut.load_seconds() for cut in self._cuts)
         if task.kind == "resident":
@@ -117,14 +116,18 @@ class NativeBench:
 
 
 def in_turns(steps: list[Callable[[], float]]) -> Sample:
-    """Medians of the seconds that each of the steps tells, taken in turns until the sample is long enough."""
+    """The least seconds that each of the steps tells, taken in turns until the sample is long enough.
+
+    The least, since the lengths are subtracted from each other: what another program adds to one of them
+    would count several times over.
+    """
     taken: list[list[float]] = [[] for _ in steps]
     for _ in range(MOST_STEPS):
         for seconds, step in zip(taken, steps, strict=True):
             seconds.append(step())
         if sum(map(sum, taken)) >= SAMPLE_S:
             break
-    return tuple(statistics.median(seconds) for seconds in taken)
+    return tuple(map(min, taken))
 
 
 class _Cut:
@@ -189,7 +192,7 @@ class _Cut:
         return _Work(context, {0: 0}, list(range(count)), [0] * count, [0] * (count - 1) + [1])
 
     def _depth(self, task: Task) -> _Work:
-        """One token behind as many as the slot of that depth holds."""
+        """Tokens of a sequence behind as many as the slot of that depth holds."""
         name, slot = f"depth {task.kv}", DEPTHS.index(task.depth)
         context = self._contexts.get(name)
         if context is None:
@@ -199,7 +202,9 @@ class _Cut:
         if context.cells(slot) < task.depth:
             context.set_threads(task.threads)
             self._fill(context, slot, task.depth)
-        return _Work(context, {slot: task.depth}, [task.depth], [slot], [1])
+        count = task.tokens
+        positions = list(range(task.depth, task.depth + count))
+        return _Work(context, {slot: task.depth}, positions, [slot] * count, [0] * (count - 1) + [1])
 
     def _fill(self, context: native.Context, slot: int, depth: int) -> None:
         """Make a slot hold `depth` tokens, going on from a copy of the longest that is shorter."""

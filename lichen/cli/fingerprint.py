@@ -13,7 +13,7 @@ import typer
 
 from lichen.cli.inspect import AsJson
 from lichen.cli.settings import config_of, megabytes, table
-from lichen.cli.texts import Stages, model_path
+from lichen.cli.texts import Stages, interruptible, model_path
 from lichen.errors import ConfigError
 from lichen.sync.download import hash_file
 
@@ -55,7 +55,7 @@ def fingerprint(
     path, home = model_path(context, model), config_of(context).home
     names = layout_names(layouts)
     digest = digest_of(path)
-    with Stages() as stages:
+    with interruptible(), Stages() as stages:
         found = [_take(path, digest, home, name, seconds, again, stages) for name in names]
     if as_json:
         typer.echo(json.dumps([msgspec.to_builtins(one) for one in found], indent=2))

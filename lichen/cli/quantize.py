@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lichen.cli.choosing import MEASURED_WINDOW, WINDOW, Chosen, Request, choose
 from lichen.cli.settings import config_of, megabytes, table
-from lichen.cli.texts import Stages, model_path, read_texts, tokens_of
+from lichen.cli.texts import Stages, interruptible, model_path, read_texts, tokens_of
 from lichen.errors import ConfigError
 from lichen.sync.download import hash_file
 
@@ -81,7 +78,7 @@ def quantize(
     from lichen.quant.quantize import check_target
 
     path = model_path(context, source)
-    with _interruptible(), open_gguf(path) as file, Stages() as stages:
+    with interruptible(), open_gguf(path) as file, Stages() as stages:
         request = _request(
             file, type, size, bits, types, calibration or [], importance, tokens, measure_tokens, span
         )
@@ -103,20 +100,6 @@ def quantize(
         typer.echo(json.dumps(record, indent=2))
     else:
         _show(record, drawn)
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """SIGTERM ends it as Ctrl-C does, so that what is half done is removed."""
-
-    def interrupt(_signal: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 # ---- what is asked for ----------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lichen.devices import cgroup, mac
@@ -292,9 +292,11 @@ def test_special_files_are_passed_over(tmp_path: Path) -> None:
 
 
 NAMES = st.sampled_from(sorted({*laptop(), *gpu_box(), *phone_board()}))
-TEXTS = st.one_of(st.text(max_size=40), st.integers().map(str), st.sampled_from(["0-7", "max 1", "Battery"]))
+ODD_TEXT = st.text(alphabet="0123456789-,.KMGe \n:/\0\u0663\ud800", max_size=40)
+TEXTS = st.one_of(ODD_TEXT, st.integers().map(str), st.sampled_from(["0-7", "max 1", "Battery"]))
 
 
+@settings(deadline=None)
 @given(st.dictionaries(NAMES, TEXTS, max_size=40), st.frozensets(st.integers(0, 9), min_size=1))
 def test_whatever_files_say_the_answers_are_sane(lies: dict[str, str], usable: frozenset[int]) -> None:
     files = laptop() | gpu_box() | lies
@@ -314,6 +316,7 @@ def test_whatever_files_say_the_answers_are_sane(lies: dict[str, str], usable: f
 GROUP_NAMES = st.sampled_from(sorted({*service(), *old_container(), *half_a_core()}))
 
 
+@settings(deadline=None)
 @given(st.dictionaries(GROUP_NAMES, TEXTS | st.text(alphabet="0:/.,ab\n", max_size=40)))
 def test_whatever_groups_say_the_limits_are_sane(lies: dict[str, str]) -> None:
     files = service() | lies

@@ -16,12 +16,14 @@ from lichen.quant.gguf import open_gguf
 from lichen.runtime import measuring, native
 from lichen.runtime.fingerprints import CACHE_FOLDER, SCRATCH_FOLDER, take_fingerprint
 from lichen.runtime.measuring import NativeBench, lengths
+from tests.models.tiny_models import write_tiny
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> list[Task]:
-    """All tasks of one thread, with one step a sample."""
+    """All tasks of one thread, with one step a sample and at most four layers."""
     monkeypatch.setattr(measuring, "SAMPLE_S", 0.0)
+    monkeypatch.setattr(measuring, "LONG", 4)
     return [task for task in tasks(1) if task.depth < DEPTHS[-1] and task.kv == "f16"]
 
 
@@ -83,7 +85,8 @@ def test_a_fingerprint_of_the_default_model(model_path: Path, tmp_path: Path, qu
     assert again == found and not told
 
 
-def test_stopped_in_the_middle_and_continued(model_path: Path, tmp_path: Path, quick: list[Task]) -> None:
+def test_stopped_in_the_middle_and_continued(tmp_path: Path, quick: list[Task]) -> None:
+    model = write_tiny(tmp_path / "tiny.gguf", "llama", layers=4)
     seen: list[Task | None] = []
 
     def interrupt(now: Progress) -> None:
@@ -93,7 +96,7 @@ def test_stopped_in_the_middle_and_continued(model_path: Path, tmp_path: Path, q
 
     def take(stopped: bool = False, progress: Callable[[Progress], None] = interrupt) -> Fingerprint | None:
         return take_fingerprint(
-            *(model_path, "e" * 64, tmp_path),
+            *(model, "e" * 64, tmp_path),
             layout="f16",
             wanted=quick,
             rounds=1,
