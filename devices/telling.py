@@ -33,8 +33,9 @@ def reasons(
     pick, plan = choice.pick.prediction, choice.pick.plan
     told = [
         f"For {_wanted(intents)} with {_load(load)}: {layout_words(plan.layout)}, "
-        f"{_count(plan.slots, 'slot')} and {_count(plan.threads, 'thread')} give {pick.rate:,.0f} tokens/s, the first token after "
-        f"{duration(pick.ttft)}, then one every {duration(pick.itl)}, in {pick.memory / 1e6:,.0f} MB."
+        f"{_count(plan.slots, 'slot')} and {_count(plan.threads, 'thread')} give "
+        f"{pick.rate:,.0f} tokens/s, the first token after {duration(pick.ttft)}, then one every "
+        f"{duration(pick.itl)}, in {pick.memory / 1e6:,.0f} MB."
     ]
     for layout in sorted({one.plan.layout for one in choice.front} - {plan.layout}):
         other = best([one for one in choice.front if one.plan.layout == layout], intents)

@@ -17,6 +17,7 @@ from lichen.config import SETTINGS, Config, Effective, override
 from lichen.devices import probe
 from lichen.devices.cost import MemoryOf
 from lichen.devices.curves import Fingerprint
+from lichen.devices.intent import Objectives
 from lichen.devices.pace import Plan
 from lichen.devices.plan import Choice, Space, choose
 from lichen.devices.schedule import Progress
@@ -29,6 +30,7 @@ from lichen.runtime import memory
 from lichen.runtime.layouts import SOURCE, divergence, find, worth_measuring
 from lichen.runtime.served_model import ModelOptions
 from lichen.runtime.speculation.build import SpeculationOptions
+from lichen.sync.download import hash_file
 
 PROCESS_BYTES = 80_000_000  # of a daemon without a model: Python, the HTTP server, llama.cpp (docs/log.md)
 BUDGET_S = 4.0  # to measure one layout, after its first round
@@ -38,7 +40,7 @@ Tell = Callable[[str, Progress], None]
 
 
 class Asked(msgspec.Struct, frozen=True, kw_only=True):
-    """The model to plan for: its name, its file, and the sha256 of that."""
+    """A model to plan for: its name, its file, and the sha256 of that ("" where nobody has hashed it)."""
 
     name: str
     path: Path
@@ -48,11 +50,14 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
 class Planned(msgspec.Struct, frozen=True, kw_only=True):
     """A plan in action.
 
-    config: with the plan's settings. path, sha256: of the file to load now. choice: made of what is here.
+    asked: the model in the file that was asked for. config: with the plan's settings. path, sha256: of the
+    file to load now. choice: the best of all that could be made here.
     wanted: the layout that would be best and has to be made first; None if there is none. reasons: for
-    people. wish: what it is for. space, fingerprints: what it was made of.
+    people. wish: what it is for. given: settings that stay. space, fingerprints: what it was
+    made of.
     """
 
+    asked: Asked
     config: Config
     path: Path
     sha256: str
@@ -60,6 +65,7 @@ class Planned(msgspec.Struct, frozen=True, kw_only=True):
     wanted: str | None
     reasons: tuple[str, ...]
     wish: Wish
+    given: Mapping[str, Any]
     space: Space
     fingerprints: tuple[Fingerprint, ...]
 
@@ -97,6 +103,8 @@ def plan_for(
     given: settings that stay. layouts: to choose of, by default those that keep the quality. Raises
     ConfigError where nothing keeps the objectives, and what measuring raises.
     """
+    if not asked.sha256:
+        asked = msgspec.structs.replace(asked, sha256=hash_file(asked.path))
     summary = check_gguf(asked.path)
     names = list(layouts) or worth_measuring(summary)
     measured = fingerprints(config, asked, names, budget_s, tell)
@@ -111,6 +119,7 @@ def plan_for(
         choice = choose(here, wanted.load, intents=wanted.intents, objectives=objectives, space=space)
     present = find(config.home, asked.sha256, choice.pick.plan.layout)
     return Planned(
+        asked=asked,
         config=override(config, free_settings(choice.pick.plan, given)),
         path=asked.path if present is None else present[1],
         sha256=asked.sha256 if present is None else present[0].sha256,
@@ -118,6 +127,7 @@ def plan_for(
         wanted=layout if missing else None,
         reasons=reasons(best, wanted.load, wanted.intents, given),
         wish=wanted,
+        given=dict(given),
         space=space,
         fingerprints=tuple(measured),
     )
@@ -162,7 +172,7 @@ def space_for(config: Config, asked: Asked, summary: GGUFSummary, given: Mapping
     )
 
 
-def within_the_machine(wanted: Wish, config: Config) -> Any:
+def within_the_machine(wanted: Wish, config: Config) -> Objectives:
     """The objectives, and never more memory than this machine has for it."""
     most = max(1, memory.available(config.memory_limit)) + PROCESS_BYTES
     asked = wanted.objectives.memory

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import msgspec
 import typer
@@ -16,11 +15,28 @@ if TYPE_CHECKING:
     from lichen.devices.plan import Choice
     from lichen.devices.schedule import Progress
     from lichen.devices.verdict import Candidate
-    from lichen.planning import Asked, Planned
+    from lichen.planning import Planned, Tell
 
 Text = Optional[str]
 ROWS = 12  # of the Pareto set that are shown
-COLUMNS = tuple(" ,LAYOUT,SLOTS,THREADS,BATCH,CHUNK,KV,TTFT,P95,ITL,TOK/S,MEMORY,CORE-S/TOK,KL".split(","))
+COLUMNS = tuple(
+    [
+        " ",
+        "LAYOUT",
+        "SLOTS",
+        "THREADS",
+        "BATCH",
+        "CHUNK",
+        "KV",
+        "TTFT",
+        "P95",
+        "ITL",
+        "TOK/S",
+        "MEMORY",
+        "CORE-S/TOK",
+        "KL",
+    ]
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -69,7 +85,7 @@ def plan(
             wanted,
             given=given_settings(effective),
             layouts=layout_names(layouts) if layouts else (),
-            tell=_teller(stages),
+            tell=teller(stages),
         )
     if as_json:
         typer.echo(as_record(planned))
@@ -77,17 +93,9 @@ def plan(
     show(planned)
 
 
-def asked_model(context: typer.Context, reference: str) -> Asked:
-    """The model of a command. Raises NotFound."""
-    from lichen.cli.fingerprint import digest_of
-    from lichen.planning import Asked
+def teller(stages: Stages) -> Tell:
+    """A report of measuring for `plan_for`."""
 
-    path = model_path(context, reference)
-    name = Path(reference).stem if reference.endswith(".gguf") else reference
-    return Asked(name=name, path=path, sha256=digest_of(path))
-
-
-def _teller(stages: Stages) -> Any:
     def tell(layout: str, now: Progress) -> None:
         stages(f"measuring {layout}", now.done, now.total, now.task.kind if now.task is not None else "")
 
