@@ -20,8 +20,9 @@ from typing import Any
 import msgspec
 
 from lichen.adapters.registry import Registry
-from lichen.config import Config, load, override
+from lichen.config import SETTINGS, Config, load, override
 from lichen.errors import LichenError, NotFound, RequestError, Unavailable
+from lichen.planning import Asked, Planned, given_settings, plan_for, refuse_without_intent, wish_of
 from lichen.quant.gguf_check import check_gguf
 from lichen.runtime import memory
 from lichen.runtime.adaptation import PLAIN, Adaptation
@@ -122,7 +123,9 @@ class Runtime:
 
     model: a name in the store, a catalog name, a source (`pypi:…`, `hf:…`, `file:…`, `https://…`) or the
     path of a GGUF file; None takes the configured one. It is pulled first if it is not there yet.
-    overrides: fields of `lichen.config.Config`, such as context=8192 or offline=True.
+    overrides: fields of `lichen.config.Config`, such as context=8192 or offline=True. With an intent
+    (intent="latency") the other settings follow from measurements, but for those that are given; `plan` tells
+    what was chosen and why.
     """
 
     def __init__(
@@ -136,19 +139,37 @@ class Runtime:
         if model is not None:
             overrides["model"] = str(model)
         if config is None:
-            config = load(overrides, given_as="argument").config
-        elif overrides:
+            effective = load(overrides, given_as="argument")
+            config, self._given = effective.config, given_settings(effective)
+        else:
             config = override(config, overrides)
+            usual = Config()
+            self._given = {
+                name: getattr(config, name)
+                for name in SETTINGS
+                if name in overrides or getattr(config, name) != getattr(usual, name)
+            }
+        refuse_without_intent(config)
         self.config = config
         self._catalogue = Catalogue(Registry(config.home / "adapters"))
+        self.plan: Planned | None = None
         self._progress = progress
         self._served: ServedModel | None = None
         self._closed = False
         self._lock = threading.Lock()
 
     async def open(self) -> None:
-        """Pull the model if needed and load it. Raises StoreError, ModelFileError or EngineError."""
-        served = await load_model(self.config, progress=self._progress)
+        """Pull the model if needed, plan if there is an intent, and load it.
+
+        Raises StoreError, ModelFileError or EngineError, and ConfigError if nothing keeps the objectives.
+        """
+        asked = await find_model(self.config, progress=self._progress)
+        if self.config.intent is not None:
+            wanted = wish_of(self.config)
+            self.plan = await asyncio.to_thread(plan_for, self.config, asked, wanted, given=self._given)
+            self.config = self.plan.config
+            asked = Asked(name=asked.name, path=self.plan.path, sha256=self.plan.sha256)
+        served = await load_model(self.config, asked=asked)
         with self._lock:
             if not self._closed and self._served is None:
                 self._served = served
@@ -291,26 +312,30 @@ async def load_model(
     *,
     progress: Callable[[PullProgress], None] | None = None,
     loaded: Callable[[float], bool] | None = None,
+    asked: Asked | None = None,
 ) -> ServedModel:
     """Find the configured model, pull it if needed, and load it off the event loop, as large as fits.
 
-    loaded: told how far the load is, 0 to 1; its False gives up. Raises OutOfMemory, StoreError,
-    ModelFileError or EngineError.
+    loaded: told how far the load is, 0 to 1; its False gives up. asked: the model, where it was found
+    already. Raises OutOfMemory, StoreError, ModelFileError or EngineError.
     """
-    store = Store(config.home / "store", offline=config.offline)
-    reference = config.model
-    if (path := local_file(reference)) is not None:
-        name, sha256 = path.stem, ""
-    else:
-        manifest = store.resolve(reference) or await store.pull(reference, progress=progress)
-        path, name, sha256 = store.blob_path(manifest), manifest.name, manifest.sha256
+    found = asked or await find_model(config, progress=progress)
 
     def load() -> ServedModel:
         options, free = model_options(config), memory.available(config.memory_limit)
-        fitted = memory.fitted(name, check_gguf(path), options, free)
-        return load_file(path, name=name, sha256=sha256, fitted=fitted, progress=loaded)
+        fitted = memory.fitted(found.name, check_gguf(found.path), options, free)
+        return load_file(found.path, name=found.name, sha256=found.sha256, fitted=fitted, progress=loaded)
 
     return await asyncio.to_thread(load)
+
+
+async def find_model(config: Config, *, progress: Callable[[PullProgress], None] | None = None) -> Asked:
+    """The configured model as a file, pulled if needed. Raises StoreError."""
+    if (path := local_file(config.model)) is not None:
+        return Asked(name=path.stem, path=path, sha256="")
+    store = Store(config.home / "store", offline=config.offline)
+    manifest = store.resolve(config.model) or await store.pull(config.model, progress=progress)
+    return Asked(name=manifest.name, path=store.blob_path(manifest), sha256=manifest.sha256)
 
 
 def load_file(
@@ -346,6 +371,9 @@ def model_options(config: Config) -> ModelOptions:
         slots=config.slots,
         threads=threads,
         queue=config.queue,
+        batch=config.batch,
+        chunk=config.chunk,
+        kv_type=config.kv_type,
         spill_folder=config.home / "prefix-cache" if config.prefix_cache else None,
         spill_limit=config.prefix_cache,
         adapters=config.adapter_memory,
