@@ -20,20 +20,19 @@ from typing import Any
 import msgspec
 
 from lichen.adapters.registry import Registry
+from lichen.asked import form_of, sampling_of
 from lichen.config import SETTINGS, Config, load, override
-from lichen.errors import LichenError, NotFound, RequestError, Unavailable
+from lichen.errors import LichenError, NotFound, Unavailable
 from lichen.planning import Asked, Planned, given_settings, plan_for, refuse_without_intent, wish_of
 from lichen.quant.gguf_check import check_gguf
 from lichen.runtime import memory
 from lichen.runtime.adaptation import PLAIN, Adaptation
 from lichen.runtime.answer import CallArguments, CallBegins, Part, Said, Thought
-from lichen.runtime.answer_form import AnswerForm
 from lichen.runtime.generation import Generation
 from lichen.runtime.memory import Fitted
-from lichen.runtime.sequence import Finished, FinishReason, Piece, SamplingOptions, Timings, Usage
+from lichen.runtime.sequence import Finished, FinishReason, Piece, Timings, Usage
 from lichen.runtime.served_model import ModelOptions, ServedModel
 from lichen.runtime.speculation.build import SpeculationOptions
-from lichen.runtime.tools import Tool
 from lichen.runtime.variants import Catalogue
 from lichen.sync.store import PullProgress, Store
 
@@ -217,8 +216,8 @@ class Runtime:
         "required" or a tool's name. Calls stand in the stream's `completion`. adapter: name of one in the
         registry, or NAME@DIGEST; None for the model alone.
         """
-        form = _form(schema, tools, tool_choice)
-        sampling = _sampling(options)
+        form = form_of(schema, tools, tool_choice)
+        sampling = sampling_of(options)
 
         async def begin() -> Generation:
             return (await (await self._model(adapter)).chat(messages, sampling, form))[0]
@@ -227,7 +226,7 @@ class Runtime:
 
     def generate(self, prompt: str | list[int], *, adapter: str | None = None, **options: Any) -> ChatStream:
         """Continue a text (or token ids) as it is, without a chat template."""
-        sampling = _sampling(options)
+        sampling = sampling_of(options)
 
         async def begin() -> Generation:
             return (await (await self._model(adapter)).complete(prompt, sampling))[0]
@@ -266,45 +265,6 @@ def _completion(parts: Sequence[Part], finished: Finished, adapter: Adaptation) 
         timings=finished.timings,
         adapter=adapter,
     )
-
-
-def _form(schema: Mapping[str, Any] | None, tools: Sequence[Mapping[str, Any]], choice: str) -> AnswerForm:
-    """Raises RequestError for tools in another shape than OpenAI's, or a choice that is none of them."""
-    try:
-        known = tuple(
-            Tool(
-                function["name"],
-                function.get("description") or "",
-                function.get("parameters") or {"type": "object", "properties": {}},
-            )
-            for function in (tool["function"] for tool in tools)
-        )
-    except (LookupError, TypeError, AttributeError) as error:
-        raise RequestError(
-            "A tool must be {'type': 'function', 'function': {'name': …, 'parameters': …}}.", param="tools"
-        ) from error
-    named = choice not in ("auto", "none", "required")
-    if named and choice not in {tool.name for tool in known}:
-        raise RequestError(f"tool_choice names {choice!r}, which is not in tools.", param="tool_choice")
-    return AnswerForm(tools=known, tool_choice=choice, named=named, schema=schema)
-
-
-def _sampling(options: dict[str, Any]) -> SamplingOptions:
-    """The same options as over HTTP. Raises RequestError naming an unknown or mistyped one."""
-    if isinstance(stop := options.get("stop"), str):
-        options["stop"] = (stop,)
-    unknown = options.keys() - set(SamplingOptions.__struct_fields__)
-    if unknown:
-        name = min(unknown)
-        raise RequestError(
-            f"There is no option {name!r}.",
-            hint=f"Options: {', '.join(SamplingOptions.__struct_fields__)}.",
-            param=name,
-        )
-    try:
-        return msgspec.convert({k: v for k, v in options.items() if v is not None}, SamplingOptions)
-    except msgspec.ValidationError as error:
-        raise RequestError(f"{error}.") from error
 
 
 async def load_model(
