@@ -26,6 +26,7 @@ BATCHES = (128, 256, 512)
 CHUNKS = (64, 256)
 DRAFTS = (0, 2, 4, 8)
 SPEED_KEPT = 0.9  # of the fastest: what the intents memory and battery may not go below
+PATIENCE_S = 1.0  # for a first token: less is not worth memory
 NEAR = 1.03
 ANSWER = 64  # tokens of an answer that somebody reads before the rest counts for latency
 
@@ -156,14 +157,22 @@ def axes(found: Prediction) -> tuple[float, ...]:
 
 
 def best(candidates: Sequence[Candidate], intents: Sequence[Intent]) -> Candidate:
-    """The best for the first intent; of those nearly as good for the next, and so on, then the smallest."""
+    """The best for the first intent; of those nearly as good for the next, and so on.
+
+    Of what is left then, the one that takes the least memory and work and lets nobody wait for long.
+    """
     fastest = max(one.prediction.rate for one in candidates)
     left = list(candidates)
     for intent in intents:
         costs = {id(one): cost(one.prediction, intent, fastest) for one in left}
         least = min(costs.values())
         left = [one for one in left if costs[id(one)] <= NEAR * least]
-    return min(left, key=lambda one: (one.prediction.memory * one.prediction.work, axes(one.prediction)))
+
+    def burden(one: Candidate) -> tuple[float, tuple[float, ...]]:
+        found = one.prediction
+        return found.memory * found.work * max(PATIENCE_S, found.ttft), axes(found)
+
+    return min(left, key=burden)
 
 
 def cost(found: Prediction, intent: Intent, fastest: float) -> float:
