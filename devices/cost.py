@@ -1,43 +1,38 @@
-"""From a fingerprint to what a plan will do under a load: times, rate, memory and work for a token.
+"""From a fingerprint to what a plan will do under a load: times, rate, memory, work for a token, quality.
 
-The engine computes one batch after another, so time is the sum of batches. Per request and slot that is the
-slot's own prompt, the prompts of the others that come between its tokens, and its decode steps, which it
-shares with whoever decodes then. Users beyond the slots wait for one. `tests/devices/test_cost.py` compares
-it with the real scheduler in virtual time.
+`pace.py` tells how fast requests go while n of them are answered; here follows how many that are. Users who
+ask without a pause are always there, so n is their number or that of the slots. Otherwise it varies: a
+birth-death chain over the requests in the system, which come at the rate of the load and leave at the rate of
+the pace with that many, gives the share of time that each number is there (exact where the times of service
+are exponential; tests/devices/test_cost.py compares it with the real scheduler in virtual time).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import msgspec
 
 from lichen.devices.curves import Fingerprint
-from lichen.devices.intent import Load
+from lichen.devices.load import Load
+from lichen.devices.pace import Pace, Plan, pace, quantile
 
-P95 = 0.95
+QUEUE = 64  # requests that may wait for a slot; later ones are refused (the setting `queue`)
+CELLS_STEP = 256  # llama.cpp rounds the cells of a slot up to a multiple of this
 
-
-class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """How to run a model. layout: as the fingerprint names it. context: tokens a slot. batch: tokens a step;
-    prompts_step, share: see `runtime/scheduler.py`. kv_type: of the KV cache."""
-
-    layout: str
-    threads: int
-    slots: int
-    context: int
-    batch: int = 256
-    prompts_step: int = 64
-    share: int = 64
-    kv_type: str = "f16"
+MemoryOf = Callable[[Fingerprint, Plan], int]
+PaceOf = Callable[[int], Pace]
 
 
 class Prediction(msgspec.Struct, frozen=True, kw_only=True):
     """What a plan does under a load.
 
     ttft, ttft_p95: seconds from a request to its first token, median and 95th percentile. itl: mean seconds
-    between two tokens of an answer. rate: tokens a second of all users together. memory: bytes at the peak.
-    work: core-seconds a token, for the energy that it takes. kl: mean divergence from the asked file.
+    between two tokens of an answer. rate: tokens a second of all users together. memory: bytes of the process
+    at the peak. work: core-seconds a token, for the energy that it takes. kl: mean divergence from the asked
+    file, in nats a token. refused: share of the requests that find the queue full. active: requests that are
+    answered at once, on average while any is.
     """
 
     ttft: float
@@ -46,91 +41,122 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
     rate: float
     memory: int
     work: float
-    kl: float
+    kl: float = 0.0
+    refused: float = 0.0
+    active: float = 1.0
 
     @property
     def quality(self) -> float:
-        """Share of the asked file's predictions that is kept."""
+        """Share of the asked file's predictions that is kept: exp(-kl)."""
         return math.exp(-self.kl)
 
 
-def predict(fingerprint: Fingerprint, plan: Plan, load: Load, *, kl: float = 0.0) -> Prediction:
-    """What this plan does under this load. Pure; some microseconds."""
-    active = min(load.users, plan.slots)
-    prefill = prefill_seconds(fingerprint, plan, load)
-    gaps = (
-        0 if active == 1 else math.ceil(load.fresh / plan.share) - 1
-    )  # tokens of streams between its chunks
-    steps = max(1, load.answer - 1)
-    width = active * steps / (steps + gaps)
-    if load.together:
-        gaps, width = 0, float(active)  # all prompts first, then all answers side by side
-    step = decode_seconds(fingerprint, plan, load, width)
-    cycle = active * prefill + (steps + gaps) * step
-    ttft, ttft_p95 = _first_token(load, active, prefill, step * gaps, step)
-    if load.users > active:  # a user waits until a slot is free
-        wait = cycle * (load.users - active) / active
-        ttft, ttft_p95 = _waiting(load, active, cycle, wait, ttft, ttft_p95)
-    between = 0.0 if load.together else (active - 1) * prefill
-    return Prediction(
-        ttft=ttft,
-        ttft_p95=ttft_p95,
-        itl=(steps * step + between * steps / (steps + gaps)) / steps,
-        rate=active * load.answer / cycle,
-        memory=memory_bytes(fingerprint, plan),
-        work=plan.threads * cycle / (active * load.answer),
-        kl=kl,
-    )
-
-
-def prefill_seconds(fingerprint: Fingerprint, plan: Plan, load: Load) -> float:
-    """Seconds to compute one prompt, in the chunks that the scheduler makes of it."""
-    active = min(load.users, plan.slots)
-    chunk = plan.batch if active == 1 else max(plan.prompts_step, min(plan.batch, load.fresh))
-    total, done = 0.0, load.shared
-    while done < load.prompt:
-        count = min(chunk, load.prompt - done)
-        attended = count * (done + (count + 1) / 2)
-        total += fingerprint.seconds(count, threads=plan.threads, attended=attended, kv_type=plan.kv_type)
-        done += count
-    return total
-
-
-def decode_seconds(fingerprint: Fingerprint, plan: Plan, load: Load, width: float) -> float:
-    """Seconds of one step of `width` streams (a mean, so it may lie between two whole numbers)."""
-    attended = width * (load.prompt + load.answer / 2)
-    low, high = math.floor(width), math.ceil(width)
-
-    def at(count: int) -> float:
-        return fingerprint.seconds(
-            max(1, count), threads=plan.threads, rows=count, attended=attended, kv_type=plan.kv_type
-        )
-
-    return at(low) if low == high else at(low) + (width - low) * (at(high) - at(low))
-
-
 def memory_bytes(fingerprint: Fingerprint, plan: Plan) -> int:
-    """Bytes of the whole process at its peak."""
-    kv = fingerprint.cache(plan.kv_type).cell_bytes * plan.context * plan.slots
+    """Bytes that the model adds to a process, by what was measured of it."""
+    cells = -(-plan.context // CELLS_STEP) * CELLS_STEP * plan.slots
+    kv = fingerprint.cache(plan.kv_type).cell_bytes * cells
     return round(fingerprint.weight_bytes + kv + fingerprint.compute.at(plan.batch) + fingerprint.fixed_bytes)
 
 
-def _first_token(load: Load, active: int, prefill: float, between: float, step: float) -> tuple[float, float]:
-    """Median and 95th percentile of the time to the first token, once a slot is free."""
-    if load.together:  # one prompt after the other
-        return prefill * (active + 1) / 2, prefill * max(1, math.ceil(P95 * active))
-    if active == 1:
-        return prefill, prefill
-    own = step / 2 + prefill + between  # it comes in the middle of a step
-    return own, own + step / 2 + prefill  # and may meet another prompt
+def predict(
+    fingerprint: Fingerprint,
+    plan: Plan,
+    load: Load,
+    *,
+    kl: float = 0.0,
+    memory: MemoryOf = memory_bytes,
+    paces: PaceOf | None = None,
+) -> Prediction:
+    """What this plan does under this load.
+
+    memory: gives the bytes of the process. paces: gives `pace` by the number of active requests, for
+    callers that keep it for several plans.
+    """
+    at = paces or (lambda active: pace(fingerprint, plan, load, active))
+    bytes_held = memory(fingerprint, plan)
+    if load.arrivals is None and not load.pause:
+        return _always(at, plan, load, bytes_held, kl)
+    return _varying(at, plan, load, bytes_held, kl)
 
 
-def _waiting(
-    load: Load, active: int, cycle: float, wait: float, ttft: float, ttft_p95: float
-) -> tuple[float, float]:
-    if load.together:  # whole rounds: the second half of the users waits for the first
-        rounds = [index // active for index in range(load.users)]
-        return ttft + cycle * rounds[load.users // 2], ttft_p95 + cycle * rounds[
-            math.ceil(P95 * load.users) - 1
-        ]
-    return ttft + wait, ttft_p95 + wait
+def _always(at: PaceOf, plan: Plan, load: Load, memory: int, kl: float) -> Prediction:
+    """Users who are never away: those beyond the slots wait."""
+    active = min(load.users, plan.slots)
+    found = at(active)
+    ttft, late = found.first, found.first_late
+    if load.together:  # whole rounds: the later ones wait for all before them
+        everyone = [found.cycle * (n // active) + found.firsts[n % active] for n in range(load.users)]
+        ttft, late = quantile(everyone, 0.5), quantile(everyone, 0.95)
+    elif load.users > active:
+        wait = found.cycle * (load.users - active) / active
+        ttft, late = ttft + wait, late + wait
+    return Prediction(
+        ttft=ttft,
+        ttft_p95=late,
+        itl=found.itl,
+        rate=active * load.answer / found.cycle,
+        memory=memory,
+        work=plan.threads * found.cycle / (active * load.answer),
+        kl=kl,
+        active=active,
+    )
+
+
+def _varying(at: PaceOf, plan: Plan, load: Load, memory: int, kl: float) -> Prediction:
+    most = plan.slots + QUEUE if load.arrivals is not None else min(load.users, plan.slots + QUEUE)
+    slots = min(plan.slots, most)
+    paces = [at(active) for active in range(1, slots + 1)]
+    leaving = [min(n, slots) / paces[min(n, slots) - 1].cycle for n in range(1, most + 1)]
+    coming = [_coming(load, n) for n in range(most)]
+    chances = _stationary(coming, leaving)
+    busy = 1 - chances[0]
+    done = sum(chance * rate for chance, rate in zip(chances[1:], leaving, strict=True))
+    answering = [chance * min(n, slots) for n, chance in enumerate(chances)]
+    seen = [chance * rate for chance, rate in zip(chances, coming, strict=False)]  # by who comes
+    firsts = []
+    for n, likely in enumerate(seen):
+        found, wait = paces[min(n, slots - 1)], max(0, n + 1 - slots) / leaving[-1]
+        firsts += [(0.9 * likely, found.first + wait), (0.1 * likely, found.first_late + wait)]
+    return Prediction(
+        ttft=_weighted(firsts, 0.5),
+        ttft_p95=_weighted(firsts, 0.95),
+        itl=sum(answering)
+        / sum(share / paces[min(n, slots) - 1].itl for n, share in enumerate(answering) if n),
+        rate=done * load.answer,
+        memory=memory,
+        work=plan.threads * busy / (done * load.answer),
+        kl=kl,
+        refused=chances[-1] if load.arrivals is not None else 0.0,
+        active=sum(answering) / busy,
+    )
+
+
+def _coming(load: Load, present: int) -> float:
+    """Requests a second while so many are in the system."""
+    if load.arrivals is not None:
+        return load.arrivals
+    return (load.users - present) / load.pause
+
+
+def _stationary(coming: list[float], leaving: list[float]) -> list[float]:
+    """Share of time with 0, 1, ... requests: up with rates `coming`, down with `leaving`.
+
+    By logarithms, since the products under- and overflow."""
+    logs = [0.0]
+    for up, down in zip(coming, leaving, strict=True):
+        logs.append(logs[-1] + math.log(up / down))
+    top = max(logs)
+    weights = [math.exp(value - top) for value in logs]
+    total = sum(weights)
+    return [weight / total for weight in weights]
+
+
+def _weighted(weighted: list[tuple[float, float]], share: float) -> float:
+    """The value that `share` of the weight does not exceed; (weight, value)."""
+    goal = share * sum(weight for weight, _ in weighted)
+    below = 0.0
+    for weight, value in sorted(weighted, key=lambda one: one[1]):
+        below += weight
+        if below >= goal:
+            return value
+    return max(value for _, value in weighted)

@@ -92,12 +92,13 @@ class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):
     bandwidth: float
 
     def seconds(
-        self, tokens: int, *, threads: int, rows: int = 1, attended: float = 0, kv_type: str = "f16"
+        self, tokens: float, *, threads: int, rows: float = 1, attended: float = 0, kv_type: str = "f16"
     ) -> float:
-        """Of one batch: its tokens, rows of logits, and cells attended to, summed over the tokens."""
+        """Of one batch: its tokens, rows of logits, and cells attended to, summed over the tokens. Numbers
+        may be means of several batches."""
         curve = self.curve(threads)
         reading = attended * self.cache(kv_type).read.at(threads)
-        return curve.batch.at(tokens) + max(0, rows - 1) * curve.output_row + reading
+        return curve.batch.at(tokens) + max(0.0, rows - 1) * curve.output_row + reading
 
     def curve(self, threads: int) -> ThreadCurve:
         """The curve of the nearest number of threads that was measured, not above it where there is one."""

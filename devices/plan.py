@@ -1,227 +1,192 @@
 """From what somebody wants to how to run a model: every plan predicted, the best of them, and why.
 
 The space is small once it is cut to what a load can use, so all of it is predicted. A plan stands in the
-Pareto set if no other is at least as good in everything and better in something.
+Pareto set if no other is at least as good in everything and better in something. What an intent makes of the
+predictions is a cost, the smaller the better; plans within 3 % of the least count as equal, since predictions
+are no more certain than that, and then the next intent decides, at last memory and work.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
-from lichen.devices.cost import Plan, Prediction, predict
+from lichen.devices.cost import CELLS_STEP, MemoryOf, Prediction, memory_bytes, predict
 from lichen.devices.curves import Fingerprint
-from lichen.devices.intent import Intent, Load, Objectives
+from lichen.devices.intent import Intent, Objectives
+from lichen.devices.load import Load
+from lichen.devices.pace import Pace, Plan, pace
+from lichen.devices.verdict import Candidate, broken, unattainable
 from lichen.errors import ConfigError
 
 SLOTS = (1, 2, 4, 8, 16, 32)
 BATCHES = (128, 256, 512)
-SPEED_KEPT = 0.9  # of the fastest: what an intent of memory or battery may not go below
-NEAR = 1.03  # predictions this close count as equal: then the simpler plan is taken
-
-
-class Candidate(msgspec.Struct, frozen=True):
-    """A plan and what it is predicted to do."""
-
-    plan: Plan
-    prediction: Prediction
+CHUNKS = (64, 256)
+DRAFTS = (0, 2, 4, 8)
+SPEED_KEPT = 0.9  # of the fastest: what the intents memory and battery may not go below
+PATIENCE_S = 1.0  # for a first token: less is not worth memory
+NEAR = 1.03
+ANSWER = 64  # tokens of an answer that somebody reads before the rest counts for latency
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
-    """The pick, the Pareto set (the fastest first), and sentences that say why."""
+    """The pick, and the Pareto set, shortest time to the first token first."""
 
     pick: Candidate
     front: tuple[Candidate, ...]
-    reasons: tuple[str, ...]
 
 
-class Unattainable(ConfigError):
-    """No plan keeps all objectives. attainable: the best value of each broken one, in words."""
+class Space(msgspec.Struct, frozen=True, kw_only=True):
+    """What plans are made of besides what was measured.
 
-    def __init__(self, broken: Sequence[str]) -> None:
-        super().__init__(
-            f"No plan on this machine keeps what was asked: {'; '.join(broken)}.",
-            hint="Ask for less, for fewer users, or for a smaller model.",
-        )
-        self.attainable = tuple(broken)
+    context: tokens that a conversation must have room for. cores: most threads (None: as many as were
+    measured). fixed: fields of `Plan` that are given, by name. divergence: mean KL of each layout from the
+    asked file, and of each "kv TYPE" of the KV cache; what is not in it is unknown and left out, but for the
+    file as it is and an f16 cache. memory: bytes of a process that runs a plan.
+    """
+
+    context: int = 4096
+    cores: int | None = None
+    fixed: Mapping[str, int | str] = {}
+    divergence: Mapping[str, float] = {}
+    memory: MemoryOf = memory_bytes
+
+    def kl(self, plan: Plan) -> float | None:
+        """Divergence of a plan's answers from the asked file's; None where it is unknown."""
+        known = {"source": 0.0, "kv f16": 0.0, **self.divergence}
+        parts = [known.get(plan.layout), known.get(f"kv {plan.kv_type}")]
+        return sum(part for part in parts if part is not None) if None not in parts else None
 
 
 def choose(
     fingerprints: Sequence[Fingerprint],
     load: Load,
     *,
-    intent: Intent = "balanced",
-    objectives: Objectives | None = None,
-    divergence: Mapping[str, float] | None = None,
-    context: int = 4096,
-    cores: int | None = None,
+    intents: Sequence[Intent] = ("balanced",),
+    objectives: Objectives = Objectives(),  # noqa: B008 - immutable
+    space: Space = Space(),  # noqa: B008
 ) -> Choice:
-    """The best plan for an intent within the objectives.
+    """The best plan within the objectives, for the first intent and, of equal ones, for the next.
 
-    divergence: mean KL of each layout from the asked file; a layout that is not in it counts as unknown and
-    is left out, the source's own is 0. context: tokens that a conversation may hold. cores: most threads.
-    Raises Unattainable with the best that can be had, or ConfigError if nothing was measured.
+    Raises ConfigError (`verdict.py` says what stands in the way) if none keeps them, or nothing was
+    measured.
     """
-    objectives = objectives or Objectives()
-    known = {"source": 0.0, **(divergence or {})}
-    measured = [fingerprint for fingerprint in fingerprints if fingerprint.layout in known]
-    if not measured:
-        raise ConfigError("No layout of this model was measured.", hint="Run `lichen fingerprint MODEL`.")
-    everything = [
-        Candidate(plan, predict(fingerprint, plan, load, kl=known[fingerprint.layout]))
-        for fingerprint in measured
-        for plan in plans(fingerprint, load, context=context, cores=cores)
-    ]
-    allowed = [candidate for candidate in everything if not broken(candidate, objectives)]
+    everything = candidates(fingerprints, load, space)
+    allowed = [one for one in everything if not broken(one, objectives)]
     if not allowed:
-        raise Unattainable(attainable(everything, objectives))
+        raise unattainable(everything, objectives)
     front = pareto(allowed)
-    pick = _best(front, intent)
-    return Choice(pick=pick, front=front, reasons=reasons(pick, front, load, intent))
+    return Choice(pick=best(front, intents), front=front)
 
 
-def plans(fingerprint: Fingerprint, load: Load, *, context: int, cores: int | None = None) -> list[Plan]:
-    """All plans that make sense for a load: no slot that nobody uses, no context shorter than a request."""
-    threads = sorted(
-        {curve.threads for curve in fingerprint.threads if cores is None or curve.threads <= cores}
-    )
-    slots = [count for count in SLOTS if count <= load.users] or [1]
-    if load.users not in slots and load.users < SLOTS[-1]:
-        slots.append(load.users)
-    room = max(context, load.prompt + load.answer)
-    return [
-        Plan(
-            layout=fingerprint.layout,
-            threads=used,
-            slots=count,
-            context=room,
-            batch=batch,
-            prompts_step=max(1, batch // 4),
-            share=64,
-            kv_type=cost.type,
+def candidates(fingerprints: Sequence[Fingerprint], load: Load, space: Space) -> list[Candidate]:
+    """All plans that make sense, with their predictions. Raises ConfigError if there are none."""
+    found = []
+    for fingerprint in fingerprints:
+        kept: dict[tuple[Plan, int], Pace] = {}  # plans that differ in slots alone share their paces
+        for plan in plans(fingerprint, load, space):
+            kl = space.kl(plan)
+            if kl is None:
+                continue
+            paces = _paces(fingerprint, plan, load, kept)
+            prediction = predict(fingerprint, plan, load, kl=kl, memory=space.memory, paces=paces)
+            found.append(Candidate(plan, prediction))
+    if not found:
+        raise ConfigError(
+            "There is no plan to choose from: no layout of known quality was measured, or the settings that "
+            "were given exclude all.",
+            hint="Measure it: lichen fingerprint MODEL --layouts source,q8_0,f16",
         )
-        for used, count, batch, cost in itertools.product(threads, slots, BATCHES, fingerprint.kv)
-    ]
+    return found
 
 
-def broken(candidate: Candidate, objectives: Objectives) -> list[str]:
-    """Names of the objectives that a candidate does not keep."""
-    found = candidate.prediction
-    limits = {
-        "ttft": objectives.ttft is None or found.ttft <= objectives.ttft,
-        "itl": objectives.itl is None or found.itl <= objectives.itl,
-        "rate": objectives.rate is None or found.rate >= objectives.rate,
-        "memory": objectives.memory is None or found.memory <= objectives.memory,
-        "quality": found.quality >= objectives.quality,
+def _paces(
+    fingerprint: Fingerprint, plan: Plan, load: Load, kept: dict[tuple[Plan, int], Pace]
+) -> Callable[[int], Pace]:
+    same = msgspec.structs.replace(plan, slots=1)
+
+    def at(active: int) -> Pace:
+        found = kept.get((same, active))
+        if found is None:
+            found = kept[same, active] = pace(fingerprint, plan, load, active)
+        return found
+
+    return at
+
+
+def plans(fingerprint: Fingerprint, load: Load, space: Space) -> list[Plan]:
+    """All plans that make sense for a load: no slot that nobody uses, no context shorter than a request."""
+    threads = [curve.threads for curve in fingerprint.threads]
+    if space.cores is not None:
+        threads = [count for count in threads if count <= space.cores] or [min(threads)]
+    slots = [count for count in SLOTS if count <= load.most]
+    if load.most not in slots and load.most < SLOTS[-1]:
+        slots.append(load.most)
+    options: dict[str, Sequence[int | str]] = {
+        "threads": sorted(set(threads)),
+        "slots": slots,
+        "context": [max(space.context, -(-(load.prompt + load.answer) // CELLS_STEP) * CELLS_STEP)],
+        "batch": BATCHES,
+        "chunk": CHUNKS if load.most > 1 else CHUNKS[:1],
+        "kv_type": [cost.type for cost in fingerprint.kv],
+        "draft": DRAFTS if load.repeats else DRAFTS[:1],
     }
-    return [name for name, kept in limits.items() if not kept]
-
-
-def attainable(everything: Sequence[Candidate], objectives: Objectives) -> list[str]:
-    """For each objective that stands in the way, the best that can be had while the others are kept."""
-    told = []
-    for name in ("ttft", "itl", "rate", "memory", "quality"):
-        others = [one for one in everything if set(broken(one, objectives)) <= {name}]
-        if others:
-            told.append(_in_words(name, others, objectives))
-    if told:
-        return told
-    for name in ("ttft", "itl", "rate", "memory", "quality"):
-        if all(name in broken(one, objectives) for one in everything):
-            told.append(_in_words(name, everything, objectives))
-    return told or ["each objective can be kept alone, but no two of them together"]
+    options |= {name: [value] for name, value in space.fixed.items() if name in options}
+    made = (dict(zip(options, values, strict=True)) for values in itertools.product(*options.values()))
+    return [
+        msgspec.convert({"layout": fingerprint.layout, **fields}, Plan)
+        for fields in made
+        if int(fields["chunk"]) <= int(fields["batch"])
+    ]
 
 
 def pareto(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
-    """Those that no other beats in everything, fastest answer first; of equal ones the first."""
-    front: list[Candidate] = []
-    for one in sorted(candidates, key=lambda candidate: _axes(candidate.prediction)):
-        values = _axes(one.prediction)
-        if not any(_at_least_as_good(_axes(other.prediction), values) for other in front):
-            front.append(one)
-    return tuple(front)
+    """Those that no other beats in everything, earliest first token first; of equal ones the first."""
+    front: list[tuple[tuple[float, ...], Candidate]] = []
+    for values, one in sorted(((axes(one.prediction), one) for one in candidates), key=lambda pair: pair[0]):
+        if not any(all(a <= b for a, b in zip(other, values, strict=True)) for other, _ in front):
+            front.append((values, one))
+    return tuple(one for _, one in front)
 
 
-def reasons(pick: Candidate, front: Sequence[Candidate], load: Load, intent: Intent) -> tuple[str, ...]:
-    """Why this one, in sentences with numbers."""
-    found, plan = pick.prediction, pick.plan
-    users = "user" if load.users == 1 else "users"
-    told = [
-        f"{_layout(plan.layout)} with {plan.slots} slots and {plan.threads} threads suits {intent} for "
-        f"{load.users} {users} best: {found.rate:.0f} tokens/s, first token after "
-        f"{1000 * found.ttft:.0f} ms, then one every {1000 * found.itl:.1f} ms, "
-        f"{found.memory / 1e6:.0f} MB."
-    ]
-    for layout in sorted({other.plan.layout for other in front} - {plan.layout}):
-        other = _best([one for one in front if one.plan.layout == layout], intent).prediction
-        told.append(
-            f"{_layout(layout)} would give {_share(other.rate, found.rate)} of its tokens/s, "
-            f"{_share(other.ttft, found.ttft)} of its time to the first token and "
-            f"{_share(other.memory, found.memory)} of its memory."
-        )
-    if found.kl > 0:
-        told.append(f"Its predictions differ from the asked file's by a mean KL of {found.kl:.2g}.")
-    return tuple(told)
-
-
-def _best(candidates: Sequence[Candidate], intent: Intent) -> Candidate:
-    """The best for an intent; of those that are nearly as good, the one that takes least memory and work."""
-    fastest = max(one.prediction.rate for one in candidates)
-
-    def score(one: Candidate) -> float:
-        found = one.prediction
-        slow = max(1.0, SPEED_KEPT * fastest / found.rate)
-        match intent:
-            case "latency":
-                return found.ttft + 64 * found.itl
-            case "throughput":
-                return 1 / found.rate
-            case "memory":
-                return found.memory * slow**4
-            case "battery":
-                return found.work * slow
-            case "balanced":
-                return math.sqrt((found.ttft + 64 * found.itl) / found.rate) * found.memory**0.25
-
-    least = min(score(one) for one in candidates)
-    near = [one for one in candidates if score(one) <= NEAR * least]
-    return min(near, key=lambda one: (one.prediction.memory * one.prediction.work, score(one)))
-
-
-def _axes(found: Prediction) -> tuple[float, ...]:
+def axes(found: Prediction) -> tuple[float, ...]:
+    """What a person may want little of."""
     return (found.ttft, found.itl, 1 / found.rate, found.memory, found.work, found.kl)
 
 
-def _at_least_as_good(one: Sequence[float], other: Sequence[float]) -> bool:
-    return all(a <= b for a, b in zip(one, other, strict=True))
+def best(candidates: Sequence[Candidate], intents: Sequence[Intent]) -> Candidate:
+    """The best for the first intent; of those nearly as good for the next, and so on.
+
+    Of what is left then, the one that takes the least memory and work and lets nobody wait for long.
+    """
+    fastest = max(one.prediction.rate for one in candidates)
+    left = list(candidates)
+    for intent in intents:
+        costs = {id(one): cost(one.prediction, intent, fastest) for one in left}
+        least = min(costs.values())
+        left = [one for one in left if costs[id(one)] <= NEAR * least]
+
+    def burden(one: Candidate) -> tuple[float, tuple[float, ...]]:
+        found = one.prediction
+        return found.memory * found.work * max(PATIENCE_S, found.ttft), axes(found)
+
+    return min(left, key=burden)
 
 
-def _in_words(name: str, candidates: Sequence[Candidate], objectives: Objectives) -> str:
-    found = [one.prediction for one in candidates]
-    match name:
-        case "ttft":
-            best, asked = min(one.ttft for one in found), objectives.ttft or 0
-            return f"a first token after {1000 * best:.0f} ms is attainable, not {1000 * asked:.0f} ms"
-        case "itl":
-            best, asked = min(one.itl for one in found), objectives.itl or 0
-            return f"{1000 * best:.1f} ms between tokens are attainable, not {1000 * asked:.1f} ms"
-        case "rate":
-            best, asked = max(one.rate for one in found), objectives.rate or 0
-            return f"{best:.0f} tokens/s are attainable, not {asked:.0f}"
+def cost(found: Prediction, intent: Intent, fastest: float) -> float:
+    """What an intent wants little of. fastest: the rate of the fastest plan, in tokens a second."""
+    slow = max(1.0, SPEED_KEPT * fastest / found.rate)
+    answer = found.ttft + ANSWER * found.itl
+    match intent:
+        case "latency":
+            return answer
+        case "throughput":
+            return 1 / found.rate
         case "memory":
-            best, asked = min(one.memory for one in found), objectives.memory or 0
-            return f"{best / 1e6:.0f} MB are needed, more than {asked / 1e6:.0f} MB"
-        case _:
-            best = max(one.quality for one in found)
-            return f"a quality of {best:.4f} is attainable, not {objectives.quality:.4f}"
-
-
-def _layout(name: str) -> str:
-    return "The file as it is" if name == "source" else f"A copy as {name}"
-
-
-def _share(part: float, whole: float) -> str:
-    return f"{part / whole:.2f}x"
+            return found.memory * slow**4
+        case "battery":
+            return found.work * slow
+        case "balanced":
+            return float((answer / found.rate) ** 0.5 * found.memory**0.25)

@@ -26,6 +26,7 @@ COMMANDS = (
     "quantize",
     "eval",
     "fingerprint",
+    "plan",
     "keys",
     "keys create",
     "keys list",

@@ -20,19 +20,19 @@ from typing import Any
 import msgspec
 
 from lichen.adapters.registry import Registry
-from lichen.config import Config, load, override
-from lichen.errors import LichenError, NotFound, RequestError, Unavailable
+from lichen.asked import form_of, sampling_of
+from lichen.config import SETTINGS, Config, load, override
+from lichen.errors import LichenError, NotFound, Unavailable
+from lichen.planning import Asked, Planned, given_settings, plan_for, refuse_without_intent, wish_of
 from lichen.quant.gguf_check import check_gguf
 from lichen.runtime import memory
 from lichen.runtime.adaptation import PLAIN, Adaptation
 from lichen.runtime.answer import CallArguments, CallBegins, Part, Said, Thought
-from lichen.runtime.answer_form import AnswerForm
 from lichen.runtime.generation import Generation
 from lichen.runtime.memory import Fitted
-from lichen.runtime.sequence import Finished, FinishReason, Piece, SamplingOptions, Timings, Usage
+from lichen.runtime.sequence import Finished, FinishReason, Piece, Timings, Usage
 from lichen.runtime.served_model import ModelOptions, ServedModel
 from lichen.runtime.speculation.build import SpeculationOptions
-from lichen.runtime.tools import Tool
 from lichen.runtime.variants import Catalogue
 from lichen.sync.store import PullProgress, Store
 
@@ -122,7 +122,9 @@ class Runtime:
 
     model: a name in the store, a catalog name, a source (`pypi:…`, `hf:…`, `file:…`, `https://…`) or the
     path of a GGUF file; None takes the configured one. It is pulled first if it is not there yet.
-    overrides: fields of `lichen.config.Config`, such as context=8192 or offline=True.
+    overrides: fields of `lichen.config.Config`, such as context=8192 or offline=True. With an intent
+    (intent="latency") the other settings follow from measurements, but for those that are given; `plan` tells
+    what was chosen and why.
     """
 
     def __init__(
@@ -136,19 +138,37 @@ class Runtime:
         if model is not None:
             overrides["model"] = str(model)
         if config is None:
-            config = load(overrides, given_as="argument").config
-        elif overrides:
+            effective = load(overrides, given_as="argument")
+            config, self._given = effective.config, given_settings(effective)
+        else:
             config = override(config, overrides)
+            usual = Config()
+            self._given = {
+                name: getattr(config, name)
+                for name in SETTINGS
+                if name in overrides or getattr(config, name) != getattr(usual, name)
+            }
+        refuse_without_intent(config)
         self.config = config
         self._catalogue = Catalogue(Registry(config.home / "adapters"))
+        self.plan: Planned | None = None
         self._progress = progress
         self._served: ServedModel | None = None
         self._closed = False
         self._lock = threading.Lock()
 
     async def open(self) -> None:
-        """Pull the model if needed and load it. Raises StoreError, ModelFileError or EngineError."""
-        served = await load_model(self.config, progress=self._progress)
+        """Pull the model if needed, plan if there is an intent, and load it.
+
+        Raises StoreError, ModelFileError or EngineError, and ConfigError if nothing keeps the objectives.
+        """
+        asked = await find_model(self.config, progress=self._progress)
+        if self.config.intent is not None:
+            wanted = wish_of(self.config)
+            self.plan = await asyncio.to_thread(plan_for, self.config, asked, wanted, given=self._given)
+            self.config = self.plan.config
+            asked = Asked(name=asked.name, path=self.plan.path, sha256=self.plan.sha256)
+        served = await load_model(self.config, asked=asked)
         with self._lock:
             if not self._closed and self._served is None:
                 self._served = served
@@ -196,8 +216,8 @@ class Runtime:
         "required" or a tool's name. Calls stand in the stream's `completion`. adapter: name of one in the
         registry, or NAME@DIGEST; None for the model alone.
         """
-        form = _form(schema, tools, tool_choice)
-        sampling = _sampling(options)
+        form = form_of(schema, tools, tool_choice)
+        sampling = sampling_of(options)
 
         async def begin() -> Generation:
             return (await (await self._model(adapter)).chat(messages, sampling, form))[0]
@@ -206,7 +226,7 @@ class Runtime:
 
     def generate(self, prompt: str | list[int], *, adapter: str | None = None, **options: Any) -> ChatStream:
         """Continue a text (or token ids) as it is, without a chat template."""
-        sampling = _sampling(options)
+        sampling = sampling_of(options)
 
         async def begin() -> Generation:
             return (await (await self._model(adapter)).complete(prompt, sampling))[0]
@@ -247,70 +267,35 @@ def _completion(parts: Sequence[Part], finished: Finished, adapter: Adaptation) 
     )
 
 
-def _form(schema: Mapping[str, Any] | None, tools: Sequence[Mapping[str, Any]], choice: str) -> AnswerForm:
-    """Raises RequestError for tools in another shape than OpenAI's, or a choice that is none of them."""
-    try:
-        known = tuple(
-            Tool(
-                function["name"],
-                function.get("description") or "",
-                function.get("parameters") or {"type": "object", "properties": {}},
-            )
-            for function in (tool["function"] for tool in tools)
-        )
-    except (LookupError, TypeError, AttributeError) as error:
-        raise RequestError(
-            "A tool must be {'type': 'function', 'function': {'name': …, 'parameters': …}}.", param="tools"
-        ) from error
-    named = choice not in ("auto", "none", "required")
-    if named and choice not in {tool.name for tool in known}:
-        raise RequestError(f"tool_choice names {choice!r}, which is not in tools.", param="tool_choice")
-    return AnswerForm(tools=known, tool_choice=choice, named=named, schema=schema)
-
-
-def _sampling(options: dict[str, Any]) -> SamplingOptions:
-    """The same options as over HTTP. Raises RequestError naming an unknown or mistyped one."""
-    if isinstance(stop := options.get("stop"), str):
-        options["stop"] = (stop,)
-    unknown = options.keys() - set(SamplingOptions.__struct_fields__)
-    if unknown:
-        name = min(unknown)
-        raise RequestError(
-            f"There is no option {name!r}.",
-            hint=f"Options: {', '.join(SamplingOptions.__struct_fields__)}.",
-            param=name,
-        )
-    try:
-        return msgspec.convert({k: v for k, v in options.items() if v is not None}, SamplingOptions)
-    except msgspec.ValidationError as error:
-        raise RequestError(f"{error}.") from error
-
-
 async def load_model(
     config: Config,
     *,
     progress: Callable[[PullProgress], None] | None = None,
     loaded: Callable[[float], bool] | None = None,
+    asked: Asked | None = None,
 ) -> ServedModel:
     """Find the configured model, pull it if needed, and load it off the event loop, as large as fits.
 
-    loaded: told how far the load is, 0 to 1; its False gives up. Raises OutOfMemory, StoreError,
-    ModelFileError or EngineError.
+    loaded: told how far the load is, 0 to 1; its False gives up. asked: the model, where it was found
+    already. Raises OutOfMemory, StoreError, ModelFileError or EngineError.
     """
-    store = Store(config.home / "store", offline=config.offline)
-    reference = config.model
-    if (path := local_file(reference)) is not None:
-        name, sha256 = path.stem, ""
-    else:
-        manifest = store.resolve(reference) or await store.pull(reference, progress=progress)
-        path, name, sha256 = store.blob_path(manifest), manifest.name, manifest.sha256
+    found = asked or await find_model(config, progress=progress)
 
     def load() -> ServedModel:
         options, free = model_options(config), memory.available(config.memory_limit)
-        fitted = memory.fitted(name, check_gguf(path), options, free)
-        return load_file(path, name=name, sha256=sha256, fitted=fitted, progress=loaded)
+        fitted = memory.fitted(found.name, check_gguf(found.path), options, free)
+        return load_file(found.path, name=found.name, sha256=found.sha256, fitted=fitted, progress=loaded)
 
     return await asyncio.to_thread(load)
+
+
+async def find_model(config: Config, *, progress: Callable[[PullProgress], None] | None = None) -> Asked:
+    """The configured model as a file, pulled if needed. Raises StoreError."""
+    if (path := local_file(config.model)) is not None:
+        return Asked(name=path.stem, path=path, sha256="")
+    store = Store(config.home / "store", offline=config.offline)
+    manifest = store.resolve(config.model) or await store.pull(config.model, progress=progress)
+    return Asked(name=manifest.name, path=store.blob_path(manifest), sha256=manifest.sha256)
 
 
 def load_file(
@@ -346,6 +331,9 @@ def model_options(config: Config) -> ModelOptions:
         slots=config.slots,
         threads=threads,
         queue=config.queue,
+        batch=config.batch,
+        chunk=config.chunk,
+        kv_type=config.kv_type,
         spill_folder=config.home / "prefix-cache" if config.prefix_cache else None,
         spill_limit=config.prefix_cache,
         adapters=config.adapter_memory,

@@ -53,6 +53,7 @@ OriginKind = Literal["flag", "argument", "environment", "file", "default"]
 JournalPolicy = Literal["off", "ask", "all"]
 LogFormat = Literal["text", "json"]
 Speculation = Literal["auto", "off", "suffix", "model", "head"]
+KVType = Literal["f16", "q8_0"]
 LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 
 
@@ -149,7 +150,44 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             "Tokens that one conversation may hold; 0 takes what the model was trained for.", metavar="TOKENS"
         ),
     ] = 4096
+    intent: Annotated[
+        Line | None,
+        _about(
+            "What the machine is for: latency, throughput, memory, battery or balanced; several, the most "
+            "important first, with commas. The other settings then follow from measurements of the model, "
+            "but for those that are given (docs/guides/plan.md).",
+            metavar="INTENT",
+            allowed="one or more of latency, throughput, memory, battery, balanced",
+        ),
+    ] = None
+    objectives: Annotated[
+        Line | None,
+        _about(
+            "Limits that the plan for the intent must keep, and the load to expect, such as 'ttft=300ms, "
+            "users=8, memory=2GB'; the names are the flags of 'lichen plan'.",
+            metavar="LIST",
+            allowed="a list of name=value",
+        ),
+    ] = None
     slots: Annotated[Count, _about("Conversations that are answered at the same time.")] = 4
+    batch: Annotated[
+        Annotated[int, Meta(ge=16, le=8192)],
+        _about("Tokens that one step of the engine computes at most.", metavar="TOKENS"),
+    ] = 256
+    chunk: Annotated[
+        Annotated[int, Meta(ge=1, le=8192)],
+        _about(
+            "Tokens that each waiting prompt may put between two tokens of a running answer: more brings "
+            "first tokens earlier and makes running answers halt longer.",
+            metavar="TOKENS",
+        ),
+    ] = 64
+    kv_type: Annotated[
+        KVType,
+        _about(
+            "How keys and values of the context are stored: q8_0 takes half of the memory.", metavar="TYPE"
+        ),
+    ] = "f16"
     threads: Annotated[
         Annotated[int, Meta(ge=0, le=512)],
         _about("Threads that compute; 0 takes the physical cores that this process may use."),

@@ -9,6 +9,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
+
 from lichen.api import load_file, local_file, model_options
 from lichen.config import Config
 from lichen.errors import LichenError, ModelFileError, NotFound
@@ -23,6 +25,13 @@ from lichen.sync.store import ModelManifest, Store
 DEFAULT = "default"
 
 
+class Layout(msgspec.Struct, frozen=True):
+    """Another file that the default model is loaded from, and its sha256."""
+
+    path: Path
+    sha256: str
+
+
 class StoreShelf:
     """`runtime.resident.Shelf` over a configuration and its store."""
 
@@ -30,8 +39,14 @@ class StoreShelf:
         self._config = config
         self._store = Store(config.home / "store", offline=True)
         self._options = model_options(config)
+        self._layout: Layout | None = None
         self._summaries: dict[Path, GGUFSummary] = {}
         self._lock = threading.Lock()
+
+    def replan(self, config: Config, layout: Layout | None) -> None:
+        """From now on, load with the settings of another configuration, and the default model from another
+        file. What is loaded stays as it is."""
+        self._config, self._options, self._layout = config, model_options(config), layout
 
     def known(self) -> list[Candidate]:
         """The configured model, if it is here, then those of the store by name."""
@@ -80,6 +95,18 @@ class StoreShelf:
         )
 
     def _default(self) -> Candidate | None:
+        asked = self._asked()
+        if asked is None or self._layout is None:
+            return asked
+        return msgspec.structs.replace(
+            asked,
+            path=self._layout.path,
+            sha256=self._layout.sha256,
+            size=self._layout.path.stat().st_size,
+        )
+
+    def _asked(self) -> Candidate | None:
+        """The configured model, in the file that was asked for."""
         path = local_file(self._config.model)
         if path is not None:
             return Candidate(

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 Logits = npt.NDArray[np.float32]
+Vector = npt.NDArray[np.float32]
 
 PART = 64  # positions at a time
 

@@ -7,13 +7,27 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
+from lichen.devices.intent import Intent
 from lichen.errors import LichenError, QueueFull, Unavailable
 from lichen.runtime.counters import Counters
+from lichen.runtime.sequence import Sequence
 
 State = Literal["running", "draining", "failed", "closed"]
+
+# Seconds by which a request counts as older than it is: bounded, so that nobody waits for ever.
+HEAD_START_S: Mapping[Intent, float] = {"latency": 10.0, "throughput": -10.0, "battery": -10.0}
+
+
+def line_up(waiting: deque[Sequence], more: Iterable[Sequence]) -> None:
+    """Put sequences into the queue, the oldest first after what their intents are given."""
+    waiting.extend(more)
+    ordered = sorted(waiting, key=lambda s: s.submitted_at - HEAD_START_S.get(s.options.intent, 0.0))
+    waiting.clear()
+    waiting.extend(ordered)
 
 
 class Admission:

@@ -26,14 +26,14 @@ import msgspec
 
 from lichen.errors import ContextOverflow, EngineError, LichenError, Unavailable
 from lichen.runtime.adapter_bank import AdapterBank
-from lichen.runtime.admission import Admission, State
+from lichen.runtime.admission import Admission, State, line_up
 from lichen.runtime.batch import decode_error, pack, slot_of
 from lichen.runtime.counters import Counters
 from lichen.runtime.drawing import Drawing
 from lichen.runtime.generation import deliver
 from lichen.runtime.metrics import EngineObserver
 from lichen.runtime.native import DECODE_OK, Context, Model
-from lichen.runtime.scheduler import Budget, Chunk, Scheduler
+from lichen.runtime.scheduler import PREFILL_SHARE, Budget, Chunk, Scheduler
 from lichen.runtime.sequence import Failed, Finished, FinishReason, Prefill, Sequence
 from lichen.runtime.slots import SlotPool
 from lichen.runtime.speculation.plan import Speculation
@@ -55,6 +55,7 @@ class Engine:
         queue_limit: int,
         spill: SpillStores | None = None,
         speculation: Speculation | None = None,
+        share: int = PREFILL_SHARE,
     ) -> None:
         self.model = model
         self.context = context
@@ -68,7 +69,7 @@ class Engine:
         self._warmth = Warmth(context, self._slots, spill, self.call)
         self.speculation = speculation or Speculation.off()
         self._stalled = False  # everything that waits, waits for the disk
-        self._scheduler = Scheduler(Budget.of(context.batch))
+        self._scheduler = Scheduler(Budget.of(context.batch, share))
         self._counters = Counters(free_slots=context.slots)
         self._admission = Admission(queue_limit + context.slots, queue_limit)
         self._thread = threading.Thread(target=self._run, name="lichen-engine", daemon=True)
@@ -175,7 +176,7 @@ class Engine:
             wait = False
 
     def _enter(self, sequences: tuple[Sequence, ...]) -> None:
-        self._waiting.extend(sequences)
+        line_up(self._waiting, sequences)
         for sequence in sequences:
             self.adapters.begin(sequence.adaptation)
 

@@ -5,7 +5,7 @@ from llama.cpp's own allocations, and a few constants that were fitted to measur
 
     weights   the tensors as mapped from the file, a second copy of what is repacked for the processor,
               and the tables of the vocabulary
-    kv        layers x key and value heads x lengths x 2 bytes (f16) x cells; sliding windows are taken
+    kv        layers x key and value heads x lengths x bytes of a number x cells; sliding windows are taken
               for full ones, so that it is an upper bound there
     compute   activations of one batch, its attention mask, the logits of every slot and draft, the graph
 
@@ -36,6 +36,7 @@ DEFAULT_SHARE = 0.8  # of the machine's memory, where no limit is configured
 
 _CELLS_STEP = 256  # llama.cpp rounds the cells of a slot up to a multiple of this
 _F16, _F32 = 2, 4  # bytes
+_KV_BITS = {"f32": 32, "f16": 16, "q8_0": 8.5, "q4_0": 4.5}  # of a number, with the scales of its block
 _REPACKED = frozenset({"Q4_0", "Q4_K", "Q2_K", "IQ4_NL", "MXFP4"})  # ggml's repack.cpp, on AVX2 and Arm
 _REPACKED_ON_ARM = frozenset({"Q5_K", "Q6_K", "Q8_0"})
 
@@ -85,7 +86,7 @@ def estimate(summary: GGUFSummary, options: ModelOptions) -> MemoryEstimate:
         weights=summary.tensor_bytes
         + sum(size for kind, size in summary.matrix_bytes.items() if kind in repacked)
         + _VOCABULARY_ENTRY * (tokens + _length(summary, "merges")),
-        kv=(_cell_bytes(summary) * context + _state_bytes(summary)) * options.slots,
+        kv=(cell_bytes(summary, options.kv_type) * context + _state_bytes(summary)) * options.slots,
         compute=activations + mask + logits + _GRAPH_LAYER * layers + _CANDIDATE * tokens,
     )
     if options.speculation.heads:
@@ -184,14 +185,14 @@ def _memory_total() -> int:
     return probe.probe().memory_total
 
 
-def _cell_bytes(summary: GGUFSummary) -> int:
+def cell_bytes(summary: GGUFSummary, kv_type: str = "f16") -> int:
     """Bytes of one token's keys and values over all layers; layers without attention have 0 heads."""
     heads = _per_layer(summary, "attention.head_count")
     shared = _per_layer(summary, "attention.head_count_kv", default=max(heads))
     length = _number(summary, "embedding_length") // max(1, *heads)
     key = _number(summary, "attention.key_length", length)
     value = _number(summary, "attention.value_length", length)
-    return _F16 * (key + value) * sum(shared)
+    return int(_KV_BITS[kv_type] * (key + value) * sum(shared) / 8)
 
 
 def _state_bytes(summary: GGUFSummary) -> int:

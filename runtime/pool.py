@@ -19,6 +19,8 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from lichen.errors import LichenError, NotFound, OutOfMemory, Unavailable
 from lichen.runtime.residency import PoolOptions, Residency, candidate_of, happens, now
 from lichen.runtime.resident import Candidate, LoadProgress, ModelStatus, Resident
@@ -30,6 +32,7 @@ __all__ = ["DEFAULT", "ModelPool", "PoolOptions"]
 
 DEFAULT = "default"
 REPORT_S = 0.1  # between two reports of a load's progress
+ENDING = " (ending)"  # behind the name of a model whose successor has taken over
 
 
 class ModelPool(Residency):
@@ -143,6 +146,32 @@ class ModelPool(Residency):
         except LichenError:
             return ""
 
+    async def swap(self, name: str | None = None) -> None:
+        """Load a model again as the shelf has it now, beside itself, and let that take over.
+
+        What runs ends on the old one, which then goes; no request waits or is lost.
+
+        Raises OutOfMemory where both do not fit (the old one stays then), NotFound, and Unavailable while
+        it is loading or an earlier swap is not over.
+        """
+        old = self._present(name)
+        candidate = await asyncio.to_thread(self.shelf.find, name or DEFAULT)
+        if old.state != "ready" or old.candidate.name + ENDING in self._residents:
+            raise Unavailable(f"{old.candidate.name} is being loaded or swapped.", hint="Try again later.")
+        new = Resident(candidate, old.pinned, asyncio.get_running_loop().create_future())
+        new.keep_alive = old.keep_alive
+        async with self._gate:
+            self._settle()
+            fitted = await asyncio.to_thread(self.shelf.fit, candidate, None)
+            if fitted.estimate.total > self._free():
+                raise OutOfMemory(f"{candidate.name} beside itself", fitted.estimate.total, self._free())
+            model = await self._load(new, fitted)
+            if self._closing or old.state != "ready":
+                await self._discard(model)
+                raise Unavailable(f"{candidate.name} was unloaded while it was swapped.")
+            self._replace(old, new)
+            self._ready(new, model)
+
     def pin(self, name: str | None = None, pinned: bool = True) -> None:
         """Keep a loaded model, or let it go again. Raises NotFound."""
         resident = self._present(name)
@@ -158,7 +187,11 @@ class ModelPool(Residency):
 
     def ready(self) -> list[ServedModel]:
         """The models that answer now; each may be unloaded at any time."""
-        return [resident.model for resident in self._residents.values() if resident.model is not None]
+        return [
+            resident.model
+            for resident in self._residents.values()
+            if resident.model is not None and not resident.ending
+        ]
 
     async def known(self) -> list[Candidate]:
         """Every model that could be loaded, the default one first."""
@@ -269,6 +302,17 @@ class ModelPool(Residency):
             due = resident.expires_at is not None and resident.expires_at <= now() + 0.01
             if due and resident.state == "ready" and not resident.users:
                 await self._evict(resident, "since nobody used it")
+
+    def _replace(self, old: Resident, new: Resident) -> None:
+        """Give the names of one resident to another; the old one goes when nobody uses it."""
+        name = old.candidate.name
+        old.candidate = msgspec.structs.replace(old.candidate, name=name + ENDING)
+        self._residents |= {old.candidate.name: old, new.candidate.name: new}
+        self._names = {known: new if there is old else there for known, there in self._names.items()}
+        old.ending, old.pinned, old.keep_alive = True, False, 0.0
+        old.stop_timer()
+        if not old.users:
+            self._let_expire(old)
 
     def _give_up(self, resident: Resident) -> None:
         resident.state = "unloading"

@@ -172,6 +172,11 @@ class Residency:
         load = asyncio.to_thread(self.shelf.load, resident.candidate, fitted, resident.progress)
         return await self._to_its_end(resident, asyncio.ensure_future(load))
 
+    async def _discard(self, model: ServedModel) -> None:
+        """Close a model that nobody got."""
+        await asyncio.to_thread(_close, model)
+        self._ledger.start_over()
+
     async def _take_over(self, resident: Resident, loading: Awaitable[ServedModel]) -> ServedModel:
         async with self._gate:
             model = await self._to_its_end(resident, asyncio.ensure_future(loading))

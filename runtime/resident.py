@@ -74,7 +74,8 @@ class Resident:
     """One model in the pool, from the first request for it to its end. Touched on the event loop only.
 
     users: how many hold it or wait for it. measured: bytes, see `Ledger`. keep_alive: seconds, None for
-    the pool's own. `loaded` is done when the state leaves "loading"; `gone` when the model is away.
+    the pool's own. ending: another has its name, and it only ends what it has begun.
+    `loaded` is done when the state leaves "loading"; `gone` when the model is away.
     """
 
     candidate: Candidate
@@ -92,6 +93,7 @@ class Resident:
     timer: asyncio.TimerHandle | None = None
     task: asyncio.Task[None] | None = None
     gone: asyncio.Event = field(default_factory=asyncio.Event)
+    ending: bool = False
 
     @property
     def estimated(self) -> int:

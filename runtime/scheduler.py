@@ -4,8 +4,9 @@ Continuous batching with chunked prefill (the idea of Sarathi-Serve, arXiv 2403.
 wait, each of them may put `share` tokens between two tokens of the running streams, so a prompt slows a
 stream by a known amount, and a burst of prompts is through before the streams go on.
 Several short prompts go in smaller steps, the one with the fewest tokens left first, so that they end
-one after another; waiting raises a prompt's rank steadily, so that none starves. It knows nothing of
-llama.cpp, threads or clocks.
+one after another; waiting raises a prompt's rank steadily, so that none starves. What a request wants
+(`SamplingOptions.intent`) gives its prompt a bounded head start in that order, and another share. It knows
+nothing of llama.cpp, threads or clocks.
 
 A step has one adaptation (llama.cpp applies an adapter to a whole context), and a deterministic sequence has
 steps of its own, always of one shape. So the live sequences fall into parties, which take turns: the one
@@ -15,10 +16,11 @@ a party may keep its turn for a few steps, but not beyond the tokens that a step
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
+from lichen.devices.intent import Intent
 from lichen.runtime.adaptation import Adaptation
 from lichen.runtime.sequence import Sequence
 
@@ -26,6 +28,9 @@ PREFILL_SHARE = 64  # tokens of each waiting prompt between two of a stream: bou
 TURN_STEPS = 4  # that a party keeps its turn for while another waits
 
 Party = Adaptation | int  # the id of a deterministic sequence
+# Tokens by which a prompt counts as shorter than it is.
+HEAD_START: Mapping[Intent, int] = {"latency": 4096, "throughput": -4096, "battery": -4096}
+_PATIENT = 4  # the part of a share that the prompts of patient requests get
 
 
 @dataclass(slots=True, frozen=True)
@@ -59,16 +64,16 @@ class Budget:
     share: int
 
     @classmethod
-    def of(cls, batch: int) -> Budget:
+    def of(cls, batch: int, share: int = PREFILL_SHARE) -> Budget:
         """For a context that computes so many tokens in a step."""
-        return cls(step=batch, prompts_step=max(1, batch // 4), share=min(PREFILL_SHARE, batch))
+        return cls(step=batch, prompts_step=max(1, batch // 4), share=min(share, batch))
 
 
 class Scheduler:
     """Packs steps. Invariants: no step exceeds its budget and none mixes adaptations; every live sequence
     advances within a bounded number of steps; between two tokens of a stream at most `share` prompt tokens
-    of its party are computed for each prompt of it that waited meanwhile (as long as all streams fit in a
-    step)."""
+    of its party are computed for each prompt of it that waited meanwhile, a whole step for one whose intent
+    is latency (as long as all streams fit in a step)."""
 
     def __init__(self, budget: Budget) -> None:
         self.budget = budget
@@ -120,7 +125,7 @@ class _Group:
         self.budget = budget
         self._waited: dict[int, int] = {}  # sequence id -> tokens of other prompts computed before it
         self._between = 0  # prompt tokens computed since the streams had their last token
-        self._burst: set[int] = set()  # ids of the prompts that waited since then
+        self._burst: dict[int, int] = {}  # prompts that waited since then: their ids and shares
 
     def plan(self, live: list[Sequence]) -> list[Chunk]:
         streams: list[Sequence] = []
@@ -129,12 +134,12 @@ class _Group:
             (streams if sequence.drawn and sequence.remaining == 1 else prompts).append(sequence)
         budget = self.budget
         if prompts and streams:
-            self._burst.update(sequence.id for sequence in prompts)
+            self._burst |= {sequence.id: self._share(sequence) for sequence in prompts}
         else:
-            self._between, self._burst = 0, set()  # nobody waits for the other
-        ranked = sorted(prompts, key=lambda s: (s.remaining - self._waited.get(s.id, 0), s.id))
+            self._between, self._burst = 0, {}  # nobody waits for the other
+        ranked = sorted(prompts, key=self._rank)
         room = max(budget.prompts_step, min(budget.step, ranked[0].remaining)) if ranked else 0
-        allowed = budget.share * len(self._burst) - self._between
+        allowed = sum(self._burst.values()) - self._between
         if streams and prompts and allowed >= room:
             chunks = self._prefill(ranked, room)  # the streams' next tokens can wait for these
             self._between += sum(chunk.count for chunk in chunks)
@@ -142,8 +147,23 @@ class _Group:
         chunks = [Chunk(sequence, sequence.computed, 1) for sequence in streams[: budget.step]]
         if streams:
             room = min(room, max(allowed, 1), budget.step - len(chunks))
-            self._between, self._burst = 0, set()
+            self._between, self._burst = 0, {}
         return chunks + self._prefill(ranked, room)
+
+    def _rank(self, sequence: Sequence) -> tuple[int, int]:
+        """Prompts go in this order: tokens left, less what it waited and what its intent is given."""
+        given = self._waited.get(sequence.id, 0) + HEAD_START.get(sequence.options.intent, 0)
+        return sequence.remaining - given, sequence.id
+
+    def _share(self, sequence: Sequence) -> int:
+        """Tokens of a prompt that may come between two tokens of a stream."""
+        match sequence.options.intent:
+            case "latency":
+                return self.budget.step
+            case "throughput" | "battery":
+                return max(1, self.budget.share // _PATIENT)
+            case _:
+                return self.budget.share
 
     def _prefill(self, ranked: list[Sequence], room: int) -> list[Chunk]:
         """Chunks of at most `room` tokens in all, in that order, and what it means for who waited."""

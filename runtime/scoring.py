@@ -12,7 +12,7 @@ from lichen.quant.gguf_check import check_gguf
 from lichen.runtime import native
 
 if TYPE_CHECKING:
-    from lichen.quant.divergence import Logits
+    from lichen.quant.divergence import Logits, Vector
 
 
 def stretches(tokens: Sequence[int], length: int, count: int | None = None) -> list[list[int]]:
@@ -52,6 +52,15 @@ class NativeScorer:
         for index in range(len(tokens)):
             out[index] = self._context.logits(index)
         return out
+
+    def next_logits(self, tokens: Sequence[int]) -> Vector:
+        """float32 [vocabulary] of what follows tokens, of which all but the last were given the last time."""
+        last = len(tokens) - 1
+        if not last:
+            self._context.clear(0)
+        self._decode(tokens[last:], last, all_outputs=False)
+        logits: Vector = self._context.logits(0).copy()
+        return logits
 
     def speed(self, tokens: Sequence[int], *, generated: int = 64) -> tuple[float, float]:
         """Tokens a second: of reading `tokens` (half a window at most), and of making some after them."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
+from lichen.devices.intent import Intent
 from lichen.errors import LichenError, RequestError
 from lichen.runtime.adaptation import PLAIN, Adaptation
 
@@ -45,6 +46,8 @@ class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True):
     speculation: whether tokens may be drafted and checked several at a time, where the daemon does that
     (docs/speculation.md); it changes the speed, not what is drawn.
     adapter_scale: how strongly the adapter counts that the model's name asks for; 0 is the model alone.
+    intent: what counts for this answer beside others: latency goes ahead of them, throughput and battery
+    let them go ahead, for a bounded time (`scheduler.py`, `admission.py`).
     """
 
     max_tokens: int | None = None
@@ -62,6 +65,7 @@ class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True):
     deterministic: bool = False
     speculation: bool = True
     adapter_scale: float = 1.0
+    intent: Intent = "balanced"
 
     def check(self, vocab_size: int) -> None:
         """Raise RequestError naming the first field out of its range."""

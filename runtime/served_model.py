@@ -7,6 +7,7 @@ submit a sequence to the engine. The HTTP daemon and the embedded API are both u
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import functools
 import hashlib
@@ -32,6 +33,7 @@ from lichen.runtime.metrics import EngineMetrics
 from lichen.runtime.native import Context, ContextSize, Model
 from lichen.runtime.native import version as native_version
 from lichen.runtime.prompt import PromptWriter
+from lichen.runtime.scheduler import PREFILL_SHARE
 from lichen.runtime.sequence import LOCAL, SamplingOptions
 from lichen.runtime.sequence import Sequence as LiveSequence
 from lichen.runtime.speculation.build import SpeculationOptions, build
@@ -48,15 +50,18 @@ INLINE_CHARACTERS = 2048  # shorter texts are tokenized on the loop: under a mil
 
 class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How to run a model. context: tokens a sequence (0: what it was trained for). slots: sequences at
-    once. threads: for computing. queue: sequences that may wait. batch: tokens a step. spill_folder: where
-    long beginnings of prompts are kept, at most `spill_limit` bytes; None for nowhere. speculation: what
-    drafts tokens. adapters: bytes that adapters in memory may take."""
+    once. threads: for computing. queue: sequences that may wait. batch: tokens a step. chunk: tokens that
+    each waiting prompt may put between two tokens of a stream. kv_type: how keys and values are stored.
+    spill_folder: where long beginnings of prompts are kept, at most `spill_limit` bytes; None for nowhere.
+    speculation: what drafts tokens. adapters: bytes that adapters in memory may take."""
 
     context: int = 4096
     slots: int = 4
     threads: int = 1
     queue: int = 64
     batch: int = 256
+    chunk: int = PREFILL_SHARE
+    kv_type: str = "f16"
     spill_folder: Path | None = None
     spill_limit: int = 2_000_000_000
     speculation: SpeculationOptions = SpeculationOptions()
@@ -133,49 +138,17 @@ class ServedModel:
 
         Raises ModelFileError, EngineError, or TemplateError for a template that does not compile.
         """
-        model = Model(path, progress=progress)
-        try:
-            context = Context(
-                model,
-                ContextSize(
-                    context=min(options.context or model.context_train, model.context_train or 1 << 20),
-                    slots=options.slots,
-                    threads=options.threads,
-                    batch=max(options.batch, options.slots),
-                    outputs=options.outputs,
-                ),
-            )
-        except BaseException:
-            model.close()
-            raise
         identity = sha256 or _file_identity(path)
-        try:
-            speculation = build(
-                model,
-                context,
-                options.speculation,
-                path=path,
-                sha256=sha256,
-                identity=identity,
-                threads=options.threads,
-            )
-        except BaseException:
-            context.close()
-            model.close()
-            raise
-        spill = _spill_stores(model, context, identity, options)
-        engine = Engine(model, context, queue_limit=options.queue, spill=spill, speculation=speculation)
-        try:
+        with contextlib.ExitStack() as undo:
+            model = Model(path, progress=progress)
+            undo.callback(model.close)
+            engine = _engine(model, path, sha256, identity, options)
+            undo.callback(engine.close)
             served = cls(name, sha256, path, model, engine, options)
-            if spill is not None:
-                spill.of(PLAIN).wait_ready(INDEX_S)
             if served.learning is not None:
                 served.learning.start(engine.call)
+            undo.pop_all()
             return served
-        except BaseException:
-            engine.close()
-            model.close()
-            raise
 
     async def adapted(self, adapter: str, digest: str | None, file: Path) -> ServedModel:
         """This model as it answers with an adapter of that name, which stays in memory until `release` and
@@ -366,6 +339,43 @@ class ServedModel:
 
     async def _prepare(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._preparing, work)
+
+
+def _engine(model: Model, path: Path, sha256: str, identity: str, options: ModelOptions) -> Engine:
+    """A running engine over a model; closes what it has begun when it cannot be made."""
+    size = ContextSize(
+        context=min(options.context or model.context_train, model.context_train or 1 << 20),
+        slots=options.slots,
+        threads=options.threads,
+        batch=max(options.batch, options.slots),
+        outputs=options.outputs,
+        kv=options.kv_type,
+    )
+    context = Context(model, size)
+    try:
+        speculation = build(
+            model,
+            context,
+            options.speculation,
+            path=path,
+            sha256=sha256,
+            identity=identity,
+            threads=options.threads,
+        )
+    except BaseException:
+        context.close()
+        raise
+    spill = _spill_stores(model, context, identity, options)
+    if spill is not None:
+        spill.of(PLAIN).wait_ready(INDEX_S)
+    return Engine(
+        model,
+        context,
+        queue_limit=options.queue,
+        spill=spill,
+        speculation=speculation,
+        share=options.chunk,
+    )
 
 
 def _spill_stores(model: Model, context: Context, identity: str, options: ModelOptions) -> SpillStores | None:

@@ -12,6 +12,7 @@ MAX_FILE = 400
 ALLOWED: dict[str, str] = {
     "runtime/native.py": "the only file that may touch llama.cpp: model, context and sampler stay together",
     "lichen/config.py": "most of it is the table of settings, one declaration each",
+    "lichen/cli/serve.py:serve": "one flag a line, and three lines of work",
 }
 
 
@@ -29,7 +30,7 @@ def main() -> int:
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 length = (node.end_lineno or node.lineno) - node.lineno + 1
-                if length > MAX_FUNCTION:
+                if length > MAX_FUNCTION and f"{name}:{node.name}" not in ALLOWED:
                     faults.append(
                         f"{name}:{node.lineno} {node.name}: {length} lines, the limit is {MAX_FUNCTION}"
                     )

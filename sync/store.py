@@ -211,26 +211,39 @@ class Store:
             staged.unlink(missing_ok=True)
             download.forget(partial)
             raise
-        manifest = await asyncio.to_thread(self._keep, staged, source, origin, name, digest, summary)
+        manifest = await asyncio.to_thread(
+            self._keep, staged, source, origin.file_name, name, digest, summary
+        )
         download.forget(partial)
         report(PullProgress("done", size, size))
         return manifest
 
+    def adopt(self, staged: Path, *, source: str, file_name: str) -> ModelManifest:
+        """Keep a file that was made on this machine; it moves into the store, under a free name.
+
+        source: a text that says what it was made of, by which `resolve` finds it again. Blocks: the file is
+        hashed and checked. Raises StoreError, ModelFileError.
+        """
+        from lichen.sync.download import hash_file
+
+        summary, digest = check_gguf(staged), hash_file(staged)
+        return self._keep(staged, source, file_name, None, digest, summary)
+
     def _keep(
-        self, staged: Path, source: str, origin: Origin, name: str | None, digest: str, summary: GGUFSummary
+        self, staged: Path, source: str, file_name: str, name: str | None, digest: str, summary: GGUFSummary
     ) -> ModelManifest:
         """Give a checked file its place, then its manifest."""
         size = self.place(staged, digest).stat().st_size
         return self._write(
             ModelManifest(
-                name=name or self._free_name(origin.file_name, digest),
+                name=name or self._free_name(file_name, digest),
                 source=source,
                 sha256=digest,
                 size=size,
                 pulled_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                 architecture=summary.architecture,
                 context_train=summary.context_train,
-                file_name=origin.file_name,
+                file_name=file_name,
             )
         )
 

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import AsyncIterator, Awaitable
 from concurrent.futures import Future
+from contextlib import asynccontextmanager
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from lichen.cli.settings import complete_model, config_of
+from lichen.cli.settings import Given, complete_model
 from lichen.runtime.http.log_format import configure_logging
 
 if TYPE_CHECKING:
-    from lichen.config import Config
+    from lichen.config import Config, Effective
+    from lichen.planning import Planned
+    from lichen.replanning import Say
+    from lichen.runtime.http.daemon import DaemonOptions
+    from lichen.runtime.pool import ModelPool
     from lichen.runtime.resident import LoadProgress
     from lichen.runtime.served_model import ServedModel
+    from lichen.shelf import StoreShelf
 
 Text = Optional[str]
 Number = Optional[int]
@@ -52,6 +59,15 @@ def serve(
         Number,
         typer.Option("--context", help="Tokens of one conversation; 0: what the model was trained for."),
     ] = None,
+    intent: Annotated[
+        Text, typer.Option(help="Plan for latency, throughput, memory, battery or balanced.")
+    ] = None,
+    objectives: Annotated[
+        Text, typer.Option(help="What the plan must keep, such as 'ttft=300ms, users=8'.")
+    ] = None,
+    batch: Annotated[Number, typer.Option(help="Tokens of one step of the engine.")] = None,
+    chunk: Annotated[Number, typer.Option(help="Tokens of a prompt between two of an answer.")] = None,
+    kv_type: Annotated[Text, typer.Option(help="Keys and values of the context as f16 or q8_0.")] = None,
     slots: Annotated[Number, typer.Option(help="Conversations answered at the same time.")] = None,
     threads: Annotated[Number, typer.Option(help="Threads that compute; 0: the physical cores.")] = None,
     queue: Annotated[Number, typer.Option(help="Requests that may wait for a slot.")] = None,
@@ -88,28 +104,57 @@ def serve(
 ) -> None:
     """Serve models over an OpenAI-compatible HTTP API."""
     given = {name: value for name, value in context.params.items() if value not in (None, [], ())}
-    config = config_of(context, **{RENAMED.get(name, name): value for name, value in given.items()})
-    configure_logging(config.log_level, config.log_format)
-    run_daemon(config)
+    flags: Given = context.obj
+    effective = flags.effective(**{RENAMED.get(name, name): value for name, value in given.items()})
+    configure_logging(effective.config.log_level, effective.config.log_format)
+    run_daemon(effective)
 
 
-def run_daemon(config: Config) -> None:
+def run_daemon(effective: Effective) -> None:
     """Load in a thread while the HTTP server's modules are imported: both take about as long."""
     from lichen.runtime.heap import one_heap
     from lichen.runtime.resident import LoadProgress
 
     one_heap()  # before the first thread, so that what it loads can be given back whole
+    planned = _plan(effective)
+    config = planned.config if planned else effective.config
     loading: Future[Any] = Future()
     progress = LoadProgress()
-    Thread(target=_load, args=(config, loading, progress), name="lichen-load", daemon=True).start()
+    Thread(target=_load, args=(config, planned, loading, progress), name="lichen-load", daemon=True).start()
 
     from lichen.cli.fleet_daemon import updating
-    from lichen.runtime.http.daemon import DaemonOptions, serve
+    from lichen.runtime.http.daemon import serve
     from lichen.runtime.pool import ModelPool, PoolOptions
     from lichen.shelf import StoreShelf
     from lichen.sync.store import Store
 
-    options = DaemonOptions(
+    pool_options = PoolOptions(
+        keep_alive=config.keep_alive, memory_limit=config.memory_limit, max_models=config.max_models
+    )
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    async def run() -> None:
+        shelf = StoreShelf(config)
+        pool = ModelPool(shelf, pool_options)
+        store = Store(config.home / "store", offline=config.offline)
+        first = pool.start(asyncio.wrap_future(loading), progress)
+        async with _upkeep(planned, shelf, pool, first, say), updating(config, pool):
+            await serve(_daemon_options(config), pool, first, store=store, on_event=say)
+
+    try:
+        import uvloop
+    except ImportError:
+        asyncio.run(run())
+    else:
+        uvloop.run(run())
+
+
+def _daemon_options(config: Config) -> DaemonOptions:
+    from lichen.runtime.http.daemon import DaemonOptions
+
+    return DaemonOptions(
         host=config.host,
         port=config.port,
         uds=config.uds,
@@ -133,31 +178,63 @@ def run_daemon(config: Config) -> None:
         adapters_folder=config.home / "adapters",
     )
 
-    pool_options = PoolOptions(
-        keep_alive=config.keep_alive, memory_limit=config.memory_limit, max_models=config.max_models
-    )
 
-    async def run() -> None:
-        pool = ModelPool(StoreShelf(config), pool_options)
-        store = Store(config.home / "store", offline=config.offline)
-        first = pool.start(asyncio.wrap_future(loading), progress)
-        async with updating(config, pool):
-            await serve(options, pool, first, store=store, on_event=lambda line: print(line, flush=True))
+@asynccontextmanager
+async def _upkeep(
+    planned: Planned | None, shelf: StoreShelf, pool: ModelPool, first: Awaitable[None], say: Say
+) -> AsyncIterator[None]:
+    """Keep the daemon on its plan meanwhile, where it has one."""
+    if planned is None:
+        yield
+        return
+    from lichen.replanning import Replanning
 
+    upkeep = asyncio.create_task(Replanning(planned, shelf, say).keep(pool, first))
     try:
-        import uvloop
-    except ImportError:
-        asyncio.run(run())
-    else:
-        uvloop.run(run())
+        yield
+    finally:
+        upkeep.cancel()
+        await asyncio.wait({upkeep})
 
 
-def _load(config: Config, loading: Future[ServedModel], progress: LoadProgress) -> None:
+def _plan(effective: Effective) -> Planned | None:
+    """Measure what is not known of the model, and plan for the intent if there is one.
+
+    Told on standard error. Raises ConfigError for objectives that cannot be kept, or without an intent.
+    """
+    if effective.config.intent is None and effective.config.objectives is None:
+        return None
+    from lichen.api import find_model
+    from lichen.cli.models import PullDisplay
+    from lichen.cli.plan import teller
+    from lichen.cli.texts import Stages
+    from lichen.planning import given_settings, plan_for, refuse_without_intent, wish_of
+
+    config = effective.config
+    refuse_without_intent(config)
+    wanted = wish_of(config)  # refused before anything is pulled or measured
+    with PullDisplay(sys.stderr) as display:
+        asked = asyncio.run(find_model(config, progress=display))
+    with Stages() as stages:
+        planned = plan_for(config, asked, wanted, given=given_settings(effective), tell=teller(stages))
+    for reason in planned.reasons:
+        print(reason, file=sys.stderr, flush=True)
+    return planned
+
+
+def _load(
+    config: Config, planned: Planned | None, loading: Future[ServedModel], progress: LoadProgress
+) -> None:
     try:
         from lichen.api import load_model
         from lichen.cli.models import PullDisplay
+        from lichen.planning import Asked
 
+        asked = None
+        if planned is not None:
+            asked = Asked(name=planned.asked.name, path=planned.path, sha256=planned.sha256)
         with PullDisplay(sys.stderr) as display:
-            loading.set_result(asyncio.run(load_model(config, progress=display, loaded=progress)))
+            model = asyncio.run(load_model(config, progress=display, loaded=progress, asked=asked))
+        loading.set_result(model)
     except BaseException as error:  # raised again where the daemon waits for the model
         loading.set_exception(error)

@@ -9,6 +9,8 @@ import typer
 
 from lichen.config import Config, Effective, load
 
+PIPE_COLUMNS = 240
+
 
 class Given:
     """Flags given before the command; `effective` adds those after it."""
@@ -41,7 +43,7 @@ def complete_model(incomplete: str) -> Iterable[str]:
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    """Print a table that is as wide as it needs to be."""
+    """Print a table: as wide as a terminal is, and as wide as it needs to be in a pipe or a file."""
     from rich.console import Console
     from rich.table import Table
 
@@ -50,7 +52,10 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> 
         drawn.add_column(column, overflow="fold")
     for row in rows:
         drawn.add_row(*(str(cell) for cell in row))
-    Console(soft_wrap=False).print(drawn)
+    console = Console(soft_wrap=False)
+    if not console.is_terminal:
+        console.width = PIPE_COLUMNS
+    console.print(drawn)
 
 
 def megabytes(count: float) -> str:

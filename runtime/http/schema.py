@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
+from lichen.devices.intent import Intent
 from lichen.errors import RequestError, UnsupportedField
 from lichen.runtime.answer_form import AnswerForm
 from lichen.runtime.grammar import JSON_OBJECT
@@ -40,6 +41,12 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     include_obfuscation: bool = False  # padding against traffic analysis: meaningless on one machine
 
 
+class LichenOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """`lichen` of a request: what no other API has. intent: docs/guides/plan.md."""
+
+    intent: Intent = "balanced"
+
+
 class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """What chat and completion requests share."""
 
@@ -64,6 +71,7 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     speculation: bool = True  # lichen's own: docs/speculation.md
     adapter_scale: float | None = None  # lichen's own: how strongly the adapter of MODEL:ADAPTER counts
     show_drafts: bool = False  # lichen's own: streamed events of guessed tokens carry lichen.drafted
+    lichen: LichenOptions | None = None
 
     def sampling(self) -> SamplingOptions:
         """The engine's options; what the request leaves out takes lichen's default."""
@@ -72,6 +80,10 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         if self.stop is not None:
             options["stop"] = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        if self.lichen is not None:
+            options["intent"] = self.lichen.intent
+            if self.lichen.intent == "battery":
+                options["speculation"] = False  # wrong guesses cost work
         if self.logit_bias is not None:
             options["logit_bias"] = _token_biases(self.logit_bias)
         return SamplingOptions(**options)

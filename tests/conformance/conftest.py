@@ -18,6 +18,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.filterwarnings("ignore::ResourceWarning"))
             item.add_marker(pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"))
+    # litellm keeps event loops beyond its last test: nothing may come after it that could be blamed.
+    items.sort(key=lambda item: item.path.name == "test_litellm.py")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -12,6 +12,7 @@ import pytest
 from bench import soak
 
 
+@pytest.mark.slow
 def test_twenty_seconds_of_mixed_load_leave_nothing_behind(
     model_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -300,3 +300,71 @@ def test_any_traffic_stays_within_memory_and_never_loses_a_used_model(visits: li
         assert shelf.most <= shelf.capacity
 
     asyncio.run(traffic())
+
+
+async def test_a_swap_takes_over_and_what_runs_ends_on_the_old_one() -> None:
+    shelf = FakeShelf(100, a=40)
+    pool = shelf.pool()
+    await pool.load("default")
+    running = pool.use()
+    old = fake(await running.__aenter__())
+    await pool.swap()
+    async with pool.use("a") as now, pool.use() as default:
+        assert fake(now) is fake(default) is not old
+    assert not old.closed, "a request is not done with it yet"
+    assert pool.ready() == [now], "the old one counts no more"
+    assert names(pool) == {"a", "a (ending)"}
+    with pytest.raises(Unavailable, match="swapped"):
+        await pool.swap()
+    await running.__aexit__(None, None, None)
+    await until(lambda: old.closed)
+    assert names(pool) == {"a"}
+    assert next(status.pinned for status in pool.loaded()), "the default one stays"
+    await pool.swap()
+    await until(lambda: names(pool) == {"a"})
+    await pool.close()
+    assert shelf.used == 0
+
+
+async def test_a_swap_that_does_not_fit_changes_nothing() -> None:
+    shelf = FakeShelf(70, a=40)
+    pool = shelf.pool()
+    await pool.load("default")
+    with pytest.raises(OutOfMemory, match="beside itself"):
+        await pool.swap()
+    shelf.capacity = 100
+    shelf.failures["a"] = EngineError("no")
+    with pytest.raises(EngineError):
+        await pool.swap()
+    await touch(pool, "a")
+    assert len(shelf.loads) == 2
+    with pytest.raises(NotFound):
+        await pool.swap("b")
+    await pool.close()
+    assert shelf.used == 0
+
+
+async def test_no_request_is_lost_while_models_are_swapped() -> None:
+    shelf = FakeShelf(200, a=40)
+    pool = shelf.pool()
+    await pool.load("default")
+    done = 0
+
+    async def user() -> None:
+        nonlocal done
+        while not over:
+            async with pool.use() as model:
+                await asyncio.sleep(0.002)
+                assert not fake(model).closed
+            done += 1
+
+    over = False
+    users = [asyncio.create_task(user()) for _ in range(8)]
+    for _ in range(5):
+        await pool.swap()
+        await until(lambda: names(pool) == {"a"})
+    over = True
+    await asyncio.gather(*users)
+    assert done > 20
+    await pool.close()
+    assert shelf.used == 0

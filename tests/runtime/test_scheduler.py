@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
 from unittest.mock import Mock
 
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lichen.devices.intent import Intent
+from lichen.runtime.admission import line_up
 from lichen.runtime.generation import Mailbox
 from lichen.runtime.scheduler import Budget, Scheduler
 from lichen.runtime.sequence import SamplingOptions, Sequence
@@ -90,3 +93,61 @@ def test_short_prompts_pass_a_long_one_that_came_before() -> None:
 
 def test_nothing_live_plans_nothing() -> None:
     assert Scheduler(Budget(step=8, prompts_step=8, share=8)).plan([]) == []
+
+
+def wanting(intent: Intent, prompt_tokens: int) -> Sequence:
+    options = SamplingOptions(intent=intent)
+    return Sequence(prompt=[1] * prompt_tokens, options=options, mailbox=Mock(spec=Mailbox))
+
+
+def test_latency_goes_ahead_and_throughput_lets_go_ahead() -> None:
+    scheduler = Scheduler(Budget(step=256, prompts_step=64, share=64))
+    patient, plain, urgent = wanting("throughput", 64), wanting("balanced", 64), wanting("latency", 500)
+    live = [patient, plain, urgent]
+    order = []
+    for _ in range(6):
+        step = advance(scheduler, live)
+        order += [one for one in live if one.id in step and one.drawn == 1 and one not in order]
+    assert order == [urgent, plain, patient]
+
+
+def test_an_urgent_prompt_takes_whole_steps_and_a_patient_one_small_chunks() -> None:
+    sizes = {}
+    wanted: tuple[Intent, ...] = ("latency", "balanced", "battery")
+    for intent in wanted:
+        scheduler = Scheduler(Budget(step=256, prompts_step=64, share=64))
+        stream = sequence(1)
+        advance(scheduler, [stream])
+        prompt = wanting(intent, 1000)
+        sizes[intent] = max(advance(scheduler, [stream, prompt]).get(prompt.id, 0) for _ in range(4))
+    assert sizes == {"latency": 256, "balanced": 64, "battery": 16}
+
+
+@given(st.lists(st.sampled_from(("latency", "balanced", "throughput")), min_size=2, max_size=8))
+def test_intents_never_starve_anybody(intents: list[Intent]) -> None:
+    """Urgent prompts come without end; everybody who was there first is through within a bounded time."""
+    scheduler = Scheduler(Budget(step=256, prompts_step=64, share=64))
+    first = [wanting(intent, 200) for intent in intents]
+    live = list(first)
+    for _ in range(200):
+        if sum(one.options.intent == "latency" and not one.drawn for one in live) < 2:
+            live.append(wanting("latency", 200))
+        advance(scheduler, live)
+        live = [one for one in live if not one.drawn or one in first]
+        if all(one.drawn for one in first):
+            return
+    raise AssertionError([one.remaining for one in first])
+
+
+def test_the_queue_is_by_age_after_what_intents_are_given() -> None:
+    waiting: deque[Sequence] = deque()
+    old, patient, urgent, later = (
+        wanting("balanced", 1), wanting("throughput", 1), wanting("latency", 1), wanting("balanced", 1)
+    )  # fmt: skip
+    line_up(waiting, [old, patient])
+    line_up(waiting, [urgent, later])
+    assert list(waiting) == [urgent, old, later, patient]
+    newest = wanting("balanced", 1)
+    newest.submitted_at += 30
+    line_up(waiting, [newest])
+    assert waiting[-1] is newest, "who waited long enough is not passed any more"
