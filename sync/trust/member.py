@@ -10,14 +10,16 @@ What it should have: what the fleet's rollouts decide for it, and what was asked
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
-from lichen.errors import FleetError, ManifestError
+from lichen.errors import FleetError, LichenError, ManifestError
 from lichen.sync.manifest import KINDS
 from lichen.sync.meter import Progress
 from lichen.sync.pace import Pace
@@ -35,6 +37,7 @@ from lichen.sync.updates.states import Assignment, Update
 from lichen.sync.updates.updater import Outcome, Permit, Updater
 
 log = logging.getLogger("lichen.fleet")
+WATCH_S = 600.0  # between two looks at the rollouts while updates are under way
 LENIENT = Health()  # what the fleet goes back to was good before
 
 
@@ -94,7 +97,25 @@ class Member:
             await self.updater.call_off(slot, f"Its rollout says: {plan.reasons[slot]}.")
         for slot in plan.drop:
             await self.updater.drop(slot)
-        return await self.updater.pull(plan.assignments, progress=progress, pace=pace)
+        watching = asyncio.ensure_future(self._watch(targets))
+        try:
+            return await self.updater.pull(plan.assignments, progress=progress, pace=pace)
+        finally:
+            watching.cancel()
+            with suppress(asyncio.CancelledError):
+                await watching
+
+    async def _watch(self, targets: Sequence[str]) -> None:
+        """Call off what its rollout takes back while it is on its way, since a download can take days."""
+        while True:
+            await asyncio.sleep(WATCH_S)
+            try:
+                plan = await self.plan(targets)
+                latest = self.updater.ledger.latest()
+                for slot in plan.cancel:
+                    self.updater.ledger.ask_to_cancel(latest[slot].id)
+            except LichenError as error:
+                log.info("The rollouts cannot be looked at just now: %s", error)
 
     async def plan(self, targets: Sequence[str] = ()) -> Plan:
         """What this machine should have now. Raises FleetError and its kinds, SourceError."""

@@ -61,10 +61,10 @@ async def asking(url: str, act: Callable[[], None], until: Callable[[], bool]) -
     return answered
 
 
-async def answer(client: httpx.AsyncClient, url: str) -> str:
+async def answer(client: httpx.AsyncClient, url: str, model: str = "fleet:support") -> str:
     """Which model answers now, and sensibly."""
     body = {
-        "model": "fleet:support",
+        "model": model,
         "messages": [{"role": "user", "content": "Why is the sky blue?"}],
         "max_tokens": 16,
         "temperature": 0,

@@ -12,12 +12,15 @@ from tests.sync.range_server import RangeServer, _Handler
 
 
 class FaultyServer(RangeServer):
-    """Serves a folder. chance: of a fault in an answer. faults: how many of each there were."""
+    """Serves a folder. chance: of a fault in an answer. faults: how many of each there were.
 
-    def __init__(self, folder: Path, *, chance: float, seed: int = 1) -> None:
+    slow: bytes a second of an answer on a slow link.
+    """
+
+    def __init__(self, folder: Path, *, chance: float, slow: float = 50_000, seed: int = 1) -> None:
         self.folder, self.pause, self.ignore_ranges = folder, 0.0, False
         self.requests: list[tuple[str, str]] = []
-        self.chance, self.random = chance, random.Random(seed)
+        self.chance, self.slow, self.random = chance, slow, random.Random(seed)
         self.faults = {"cut": 0, "stall": 0, "flip": 0, "slow": 0}
         LocalServer.__init__(self, _FaultyHandler, "mirror")
 
@@ -33,7 +36,7 @@ class _FaultyHandler(_Handler):
         if fault == "stall":
             time.sleep(1)
         kept = self.wfile
-        self.wfile = _Link(kept, fault)  # type: ignore[assignment] # only its `write` is used
+        self.wfile = _Link(kept, fault, mirror.slow)  # type: ignore[assignment] # only its `write` is used
         try:
             super().do_GET()
         except ConnectionError:
@@ -45,8 +48,8 @@ class _FaultyHandler(_Handler):
 class _Link:
     """What an answer is written to. The head goes through as it is."""
 
-    def __init__(self, below: Any, fault: str) -> None:
-        self._below, self._fault, self._parts = below, fault, 0
+    def __init__(self, below: Any, fault: str, slow: float) -> None:
+        self._below, self._fault, self._slow, self._parts = below, fault, slow, 0
 
     def write(self, data: bytes) -> int:
         """Pass bytes on, or do what the fault says."""
@@ -57,7 +60,7 @@ class _Link:
         if self._parts > 1 and self._fault == "flip" and data:
             data = bytes([data[0] ^ 1]) + data[1:]
         if self._parts > 1 and self._fault == "slow":
-            time.sleep(len(data) / 50_000 / 10)
+            time.sleep(len(data) / self._slow)
         self._below.write(data)
         return len(data)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import shutil
 from collections import namedtuple
@@ -278,6 +279,23 @@ async def test_an_update_under_way_ends_with_its_rollout(
         studio.rollouts.change("it", resume)
         await member.pull()
         assert studio.serves("mixtures/it") == b"[]", "no mark against the version"
+
+
+async def test_a_long_download_ends_when_its_rollout_does(
+    studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lichen.sync.trust.member.WATCH_S", 0.1)
+    studio.publish("models/it-1", gguf_of(FIRST))
+    studio.rollouts.start("models", "it", "1", (Wave(),))
+    member = studio.member()
+    pulling = asyncio.ensure_future(member.pull())
+    studio.server.pause = 0.5  # for each 64 KiB
+    while "models/it" not in member.updater.ledger.latest():
+        await asyncio.sleep(0.01)
+    studio.rollouts.change("it", pause)
+    (outcome,) = await pulling
+    assert outcome.update is not None
+    assert (outcome.update.state, outcome.update.cause) == ("rolled_back", "cancelled")
 
 
 @pytest.mark.parametrize("held", ["offered", "active"])

@@ -65,10 +65,10 @@ class Studio:
         self.rollouts = Rollouts(self.publisher, self.repository, folder / "lock", clock=utc_now)
         self.url, self.token = "", ""
 
-    def publish(self, version: str, data: bytes) -> str:
+    def publish(self, version: str, data: bytes, **more: object) -> str:
         file = self.folder / "weights"
         file.write_bytes(data)
-        fields = manifest(f"{SLOT}-{version}", len(data))
+        fields = manifest(f"{SLOT}-{version}", len(data), **more)
         return self.publisher.publish(file, make_manifest(fields, running="0.1.0")).hashes["sha256"]
 
     def bundle(self, mirror: str, collector: str | None, ring: str) -> Path:
@@ -97,7 +97,7 @@ class Studio:
         while time.monotonic() < end:
             policy = await self.watch()
             slots = [Store(home / "store").slots.mendable().get(SLOT) for home in homes]
-            active = [slot is not None and slot.active is not None and slot.active.sha256 for slot in slots]
+            active = [slot.active.sha256 if slot and slot.active and slot.confirmed else "" for slot in slots]
             if (policy.state, policy.opened) == (state, opened) and active == [sha256] * len(homes):
                 return
             time.sleep(0.3)
