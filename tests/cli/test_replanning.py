@@ -56,7 +56,8 @@ async def ask(pool: ModelPool) -> str:
     options = SamplingOptions(max_tokens=8, temperature=0)
     async with pool.use() as model:
         [generation] = await model.complete("1, 2, 3, 4,", options)
-        return [event.reason async for event in generation if isinstance(event, Finished)][0]
+        (reason,) = [event.reason async for event in generation if isinstance(event, Finished)]
+        return reason
 
 
 async def test_a_crowd_gets_more_slots_and_no_request_is_lost(measured: Path, model_path: Path) -> None:
