@@ -23,6 +23,7 @@ from lichen.devices.plan import Choice, Space, choose
 from lichen.devices.schedule import Progress
 from lichen.devices.telling import SETTINGS as PLANNED
 from lichen.devices.telling import reasons, settings
+from lichen.devices.verdict import Candidate
 from lichen.devices.wish import Wish, parts_of, wish
 from lichen.errors import ConfigError
 from lichen.quant.gguf_check import GGUFSummary, check_gguf
@@ -52,6 +53,8 @@ class Planned(msgspec.Struct, frozen=True, kw_only=True):
 
     asked: the model in the file that was asked for. config: with the plan's settings. path, sha256: of the
     file to load now. choice: the best of all that could be made here.
+    now: the best of what is here, which is followed. base: the configuration before it. here: fingerprints
+    of the layouts that are here.
     wanted: the layout that would be best and has to be made first; None if there is none. reasons: for
     people. wish: what it is for. given: settings that stay. space, fingerprints: what it was
     made of.
@@ -62,6 +65,9 @@ class Planned(msgspec.Struct, frozen=True, kw_only=True):
     path: Path
     sha256: str
     choice: Choice
+    now: Candidate
+    base: Config
+    here: tuple[Fingerprint, ...]
     wanted: str | None
     reasons: tuple[str, ...]
     wish: Wish
@@ -117,19 +123,34 @@ def plan_for(
     choice = best
     if missing:
         choice = choose(here, wanted.load, intents=wanted.intents, objectives=objectives, space=space)
-    present = find(config.home, asked.sha256, choice.pick.plan.layout)
-    return Planned(
+    planned = Planned(
         asked=asked,
-        config=override(config, free_settings(choice.pick.plan, given)),
-        path=asked.path if present is None else present[1],
-        sha256=asked.sha256 if present is None else present[0].sha256,
+        config=config,
+        path=asked.path,
+        sha256=asked.sha256,
         choice=best,
+        now=choice.pick,
+        base=config,
+        here=tuple(here),
         wanted=layout if missing else None,
         reasons=reasons(best, wanted.load, wanted.intents, given),
         wish=wanted,
         given=dict(given),
         space=space,
         fingerprints=tuple(measured),
+    )
+    return with_plan(planned, choice.pick)
+
+
+def with_plan(planned: Planned, better: Candidate) -> Planned:
+    """The same with another plan of what is here."""
+    present = find(planned.config.home, planned.asked.sha256, better.plan.layout)
+    return msgspec.structs.replace(
+        planned,
+        now=better,
+        config=override(planned.base, free_settings(better.plan, planned.given)),
+        path=planned.asked.path if present is None else present[1],
+        sha256=planned.asked.sha256 if present is None else present[0].sha256,
     )
 
 

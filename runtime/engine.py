@@ -69,7 +69,7 @@ class Engine:
         self._warmth = Warmth(context, self._slots, spill, self.call)
         self.speculation = speculation or Speculation.off()
         self._stalled = False  # everything that waits, waits for the disk
-        self._scheduler = Scheduler(Budget.of(context.batch, share))
+        self.scheduler = Scheduler(Budget.of(context.batch, share))
         self._counters = Counters(free_slots=context.slots)
         self._admission = Admission(queue_limit + context.slots, queue_limit)
         self._thread = threading.Thread(target=self._run, name="lichen-engine", daemon=True)
@@ -217,7 +217,7 @@ class Engine:
     def _step(self) -> None:
         """One turn: plan, draft, decode, draw, deliver."""
         began, drawn = time.perf_counter(), self._counters.completion_tokens
-        chunks = self.speculation.extend(self._scheduler.plan(self._running))
+        chunks = self.speculation.extend(self.scheduler.plan(self._running))
         # llama.cpp computes streams together only where their slots follow on each other in the batch.
         chunks.sort(key=lambda chunk: slot_of(chunk.sequence))
         switches = self.adapters.switches

@@ -146,10 +146,11 @@ class ModelPool(Residency):
         except LichenError:
             return ""
 
-    async def swap(self, name: str | None = None) -> None:
+    async def swap(self, name: str | None = None, *, patient: bool = False) -> None:
         """Load a model again as the shelf has it now, beside itself, and let that take over.
 
-        What runs ends on the old one, which then goes; no request waits or is lost.
+        What runs ends on the old one, which then goes; no request waits or is lost. patient: where both do
+        not fit, let the old one end first, while new requests wait.
 
         Raises OutOfMemory where both do not fit (the old one stays then), NotFound, and Unavailable while
         it is loading or an earlier swap is not over.
@@ -163,14 +164,21 @@ class ModelPool(Residency):
         async with self._gate:
             self._settle()
             fitted = await asyncio.to_thread(self.shelf.fit, candidate, None)
-            if fitted.estimate.total > self._free():
+            if beside := fitted.estimate.total <= self._free():
+                model = await self._load(new, fitted)
+            elif not patient:
                 raise OutOfMemory(f"{candidate.name} beside itself", fitted.estimate.total, self._free())
-            model = await self._load(new, fitted)
             if self._closing or old.state != "ready":
-                await self._discard(model)
+                if beside:
+                    await self._discard(model)
                 raise Unavailable(f"{candidate.name} was unloaded while it was swapped.")
             self._replace(old, new)
-            self._ready(new, model)
+            if beside:
+                self._ready(new, model)
+        if not beside:
+            await old.gone.wait()
+            self._begin_load(new, lambda: self._bring(new))
+            await asyncio.shield(new.loaded)
 
     def pin(self, name: str | None = None, pinned: bool = True) -> None:
         """Keep a loaded model, or let it go again. Raises NotFound."""

@@ -22,6 +22,7 @@ from lichen.runtime.resident import Candidate, Ledger, Resident, Shelf
 
 if TYPE_CHECKING:
     from lichen.runtime.memory import Fitted
+    from lichen.runtime.planned import PlanStatus
     from lichen.runtime.served_model import ServedModel
 
 log = logging.getLogger("lichen.pool")
@@ -63,6 +64,7 @@ class Residency:
         self._changed = asyncio.Event()  # replaced at each change that a waiting load may like
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closing = False
+        self.plan: PlanStatus | None = None  # of the default model, where it has one
         self.on_ready: Callable[[str], None] = lambda _name: None
         self.on_evicted: Callable[[str], None] = lambda _name: None
 

@@ -79,7 +79,29 @@ def frame(before: Sample, now: Sample) -> RenderableType:
     seconds = now.taken_at - before.taken_at
     for name, model in now.models.items():
         table.add_row(*row(before.models.get(name), model, seconds))
-    return Group(Text(head), Text(""), table)
+    lines = [Text(line) for line in plan_lines(status.get("plan"))]
+    return Group(Text(head), *lines, Text(""), table)
+
+
+def plan_lines(plan: Status | None) -> list[str]:
+    """What is planned, predicted and seen; nothing where there is no plan."""
+    if plan is None:
+        return []
+
+    def figures(found: Status | None) -> str:
+        if found is None:
+            return "-"
+        first = "-" if found["ttft"] is None else f"{1000 * found['ttft']:.0f} ms"
+        return f"{found['rate']:.0f} tok/s, ttft {first}, {megabytes(found['memory'])}"
+
+    lines = [
+        f"plan {plan['intent']}: {plan['layout']}, {plan['slots']} slots, {plan['threads']} threads, "
+        f"chunk {plan['chunk']}{', making ' + plan['making'] if plan['making'] else ''}",
+        f"  predicted {figures(plan['predicted'])}   seen {figures(plan['seen'])}",
+    ]
+    if plan["changes"]:
+        lines.append(f"  {plan['changes']} changes, the last since {plan['reason']}")
+    return lines
 
 
 def row(before: Status | None, model: Status, seconds: float) -> tuple[str, ...]:

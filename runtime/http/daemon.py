@@ -209,6 +209,7 @@ class Daemon:
             "available_bytes": memory.available(self.pool.options.memory_limit),
             "tasks": len(asyncio.all_tasks()),
             "models": msgspec.to_builtins(models),
+            "plan": msgspec.to_builtins(self.pool.plan),
         }
         for part in ("slots", "queue", "kv", "counters"):
             sums: dict[str, float] = {}

@@ -10,6 +10,7 @@ from typing import Literal
 
 from msgspec import UNSET, Struct, UnsetType
 
+from lichen.runtime.planned import PlanStatus
 from lichen.runtime.resident import ModelStatus
 
 
@@ -351,6 +352,7 @@ class Status(Struct, kw_only=True):
     tasks: int
     available_bytes: int
     models: list[ModelStatus]
+    plan: PlanStatus | None = None
     slots: SlotsStatus | UnsetType = UNSET
     queue: QueueStatus | UnsetType = UNSET
     kv: KVStatus | UnsetType = UNSET

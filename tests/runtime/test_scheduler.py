@@ -105,7 +105,7 @@ def test_latency_goes_ahead_and_throughput_lets_go_ahead() -> None:
     patient, plain, urgent = wanting("throughput", 64), wanting("balanced", 64), wanting("latency", 500)
     live = [patient, plain, urgent]
     order = []
-    for _ in range(6):
+    for _ in range(20):
         step = advance(scheduler, live)
         order += [one for one in live if one.id in step and one.drawn == 1 and one not in order]
     assert order == [urgent, plain, patient]
