@@ -97,17 +97,19 @@ class Member:
             await self.updater.call_off(slot, f"Its rollout says: {plan.reasons[slot]}.")
         for slot in plan.drop:
             await self.updater.drop(slot)
-        watching = asyncio.ensure_future(self._watch(targets))
+        done = asyncio.Event()
+        watching = asyncio.ensure_future(self._watch(targets, done))
         try:
             return await self.updater.pull(plan.assignments, progress=progress, pace=pace)
         finally:
+            done.set()  # a look that ends just now can swallow the cancellation
             watching.cancel()
             with suppress(asyncio.CancelledError):
                 await watching
 
-    async def _watch(self, targets: Sequence[str]) -> None:
+    async def _watch(self, targets: Sequence[str], done: asyncio.Event) -> None:
         """Call off what its rollout takes back while it is on its way, since a download can take days."""
-        while True:
+        while not done.is_set():
             await asyncio.sleep(WATCH_S)
             try:
                 plan = await self.plan(targets)
