@@ -6,6 +6,7 @@ After a resumption the steps since the last checkpoint come a second time; the l
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeAlias
@@ -83,12 +84,36 @@ class EventLog:
             os.write(self._handle, b"\n")
 
     def __call__(self, event: Event) -> None:
-        """Tell it."""
-        os.write(self._handle, msgspec.json.encode(event) + b"\n")
+        """Tell it, and when it happened: `at`, in seconds since 1970."""
+        line = {**msgspec.to_builtins(event), "at": time.time()}
+        os.write(self._handle, msgspec.json.encode(line) + b"\n")
 
     def close(self) -> None:
         """Nothing more comes from here."""
         os.close(self._handle)
+
+
+def told(path: Path) -> list[tuple[float, Event]]:
+    """Everything that a trainer has told so far, and when; lines that are none are left out.
+
+    Steps that were taken again after a resumption stand there once, as they were in the end.
+    """
+    if not path.exists():
+        return []
+    found: list[tuple[float, Event]] = []
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            event, stamp = msgspec.json.decode(line, type=Event), msgspec.json.decode(line, type=_Stamp)
+        except msgspec.MsgspecError:
+            continue
+        if isinstance(event, Started):
+            found = [one for one in found if not (isinstance(one[1], Stepped) and one[1].step > event.step)]
+        found.append((stamp.at, event))
+    return found
+
+
+class _Stamp(msgspec.Struct):
+    at: float = 0.0
 
 
 class EventReader:

@@ -20,6 +20,7 @@ TASK, EXAMPLES, EVENTS = "task.json", "examples.json", "events.jsonl"
 CHECKPOINT, LOCK, OUTPUT = "checkpoint.pt", "lock", "trainer.log"
 STOPPED = 3  # exit code of a training that was asked to end and can go on
 POLL_S = 0.1
+PROGRAM = "lichen.adapters.trainer"
 
 
 def prepare(folder: Path, task: Task, examples: Examples) -> None:
@@ -52,7 +53,7 @@ class Training:
         self._asked = False
         with (folder / OUTPUT).open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "lichen.adapters.trainer", str(folder)],
+                [sys.executable, "-m", PROGRAM, str(folder)],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

@@ -55,9 +55,9 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
 
     lessons: sha256 of the file of lessons. epochs: passes over the examples, fewer where `minutes` does not
     allow them. batch: examples a step. tokens: most that go through the model at once. rate: highest
-    learning rate; 0 for the default of the objective. beta: how far a preference may lead away
-    from the model as it was. memory: bytes that the process may allocate, 0 for no limit. cache: bytes of
-    disk for activations. checkpoint: seconds between two, 0 for one after each step.
+    learning rate; 0 for the default of the objective, which `multiplier` raises or lowers. beta: how far a
+    preference may lead away from the model as it was. memory: bytes that the process may allocate, 0 for no
+    limit. cache: bytes of disk for activations. checkpoint: seconds between two, 0 for one after each step.
     """
 
     name: str
@@ -71,6 +71,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     batch: Annotated[int, Meta(ge=1, le=4096)] = 8
     tokens: Annotated[int, Meta(ge=1, le=1 << 20)] = 1024
     rate: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    multiplier: Annotated[float, Meta(gt=0, le=100)] = 1.0
     beta: Annotated[float, Meta(gt=0, le=100)] = 0.1
     seed: Annotated[int, Meta(ge=0, le=(1 << 53) - 1)] = 0
     threads: Annotated[int, Meta(ge=1, le=512)] = 1

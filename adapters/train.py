@@ -8,7 +8,7 @@ Not covered: when to train, and whether the result is good enough to be served.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -52,7 +52,8 @@ class Trainer:
     def __init__(self, model: Decoder, task: Task, examples: Examples, folder: Path) -> None:
         self.model, self.task = model, task
         self.first = attach(model, task.lora, task.seed)
-        self.rate = task.rate or RATES[task.objective]
+        self.rate = task.rate or RATES[task.objective] * task.multiplier
+        self.breathe: Callable[[], None] = lambda: None  # called between the parts of a step
         self.step = 0
         train = _sides(examples.train) if task.objective == "preference" else examples.train
         spread = _spread(examples.held_out, MEASURED)
@@ -140,6 +141,7 @@ class Trainer:
             return self._preference_gradients(chosen)
         loss, total = 0.0, self._train.answer_tokens(chosen)
         for part in self._train.parts(chosen, self.task.tokens):
+            self.breathe()
             share = objectives.supervised(self._train, part, total)
             torch.autograd.backward(share)
             loss += float(share.detach())
@@ -152,6 +154,7 @@ class Trainer:
         for pair in chosen:
             tokens += self._train.lengths[2 * pair] + self._train.lengths[2 * pair + 1]
         for pairs in _pairs(chosen, self._train.lengths, self.task.tokens):
+            self.breathe()
             share = objectives.preference(self._train, pairs, len(chosen), self.task.beta, self._reference)
             torch.autograd.backward(share)
             loss += float(share.detach())

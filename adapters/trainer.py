@@ -1,8 +1,9 @@
 """The trainer's process: `python -m lichen.adapters.trainer FOLDER`, started by `launch.py`.
 
 The folder holds task.json and examples.json; it gets events.jsonl and checkpoint.pt, and is held by a lock
-while the process runs. The process has the lowest priority. SIGTERM and SIGINT, or the end of the process
-that started it, end it after the step that runs, with a checkpoint; after `kill -9` it goes on from the
+while the process runs. The process has the lowest priority, and waits between the parts of a step
+while requests run (`courtesy.py`). SIGTERM and SIGINT, or the end of the process that started it, end it
+after the step that runs, with a checkpoint; after `kill -9` it goes on from the
 last one. Exit codes: 0 finished, 3 stopped, 1 failed; an event says more.
 """
 
@@ -25,6 +26,7 @@ import torch
 
 import lichen
 from lichen.adapters import checkpoint
+from lichen.adapters.courtesy import Courtesy
 from lichen.adapters.events import EventLog, Failed, Finished, Measured, Saved, Started, Stepped, Stopped
 from lichen.adapters.launch import CHECKPOINT, EVENTS, EXAMPLES, LOCK, STOPPED, TASK
 from lichen.adapters.lora_file import write_adapter
@@ -34,6 +36,8 @@ from lichen.durable import sync_folder, write_file
 from lichen.errors import LichenError, TrainingError
 from lichen.models.load import load_model
 
+BUSY_LOOK_S = 0.02
+
 
 class Run:
     """One process's part of a training. Signals only set `stopping`."""
@@ -42,6 +46,7 @@ class Run:
         self.folder, self.tell = folder, tell
         self.stopping = False
         self._parent = os.getppid()
+        self._courtesy = Courtesy(folder)
         examples = (folder / EXAMPLES).read_bytes()
         self.task = msgspec.json.decode((folder / TASK).read_bytes(), type=Task)
         self.identity = self.task.identity(examples)
@@ -56,6 +61,7 @@ class Run:
         started = time.monotonic()
         torch.set_num_threads(self.task.threads)
         trainer = Trainer(load_model(Path(self.task.model)), self.task, self._examples, self.folder)
+        trainer.breathe = self._breathe
         _limit_memory(self.task.memory)
         path = self.folder / CHECKPOINT
         state = checkpoint.load(path, self.identity)
@@ -97,6 +103,11 @@ class Run:
                 saved = now
         self._save(trainer)
         return trainer.step == trainer.steps
+
+    def _breathe(self) -> None:
+        """Wait while the machine is needed for requests."""
+        while self._courtesy.busy and not self._ending():
+            time.sleep(BUSY_LOOK_S)
 
     def _ending(self) -> bool:
         """Whether it was asked to stop, or whoever started it is gone."""

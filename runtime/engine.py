@@ -103,6 +103,11 @@ class Engine:
         """Run `function` on the engine thread before the context is freed."""
         self._closers.append(function)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a request is in the engine, running or waiting."""
+        return self._admission.count > 0
+
     def counters(self) -> Counters:
         """A snapshot of the counters; who was admitted and does not run yet is waiting."""
         now = msgspec.structs.replace(self._counters)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lichen.cli.settings import complete_model, config_of, megabytes, table
-from lichen.errors import LessonError, RequestError, TrainingError
+from lichen.errors import LessonError, RequestError
 
 if TYPE_CHECKING:
     from lichen.adapters.events import Event, Finished, Measured
@@ -51,11 +51,12 @@ def learn(
     from lichen.adapters.lessons import survey
     from lichen.adapters.task import LoRAOptions, Task
     from lichen.api import model_options
+    from lichen.runtime.learning import require_torch
     from lichen.sync.download import hash_file
 
     if not NAME.fullmatch(name):
         raise RequestError(f"{name!r} cannot be a name: use lower-case letters, digits, '.', '_' and '-'.")
-    _require_torch()
+    require_torch()
     config = config_of(context, model=model)
     report = survey(file)
     _say(report)
@@ -81,15 +82,6 @@ def learn(
         raise typer.Exit(130)
     _result(events)
     _register(config, name, path, Path(events[1].folder))
-
-
-def _require_torch() -> None:
-    from importlib.util import find_spec
-
-    if find_spec("torch") is None:
-        raise TrainingError(
-            "Learning needs torch, which is not installed.", hint="pip install 'lichen[train]'"
-        )
 
 
 def _say(report: Report) -> None:
@@ -120,30 +112,12 @@ def _model_file(config: Config) -> Path:
 
 
 def _examples(file: Path, model: Path, length: int) -> Examples:
-    """The lessons as token ids. Raises LessonError when none is left to learn."""
-    from lichen.adapters import general
-    from lichen.adapters.lessons import read_lessons
-    from lichen.adapters.task import Examples
-    from lichen.quant.gguf_check import check_gguf
-    from lichen.runtime.native import Model
-    from lichen.runtime.teaching import Teacher
+    from lichen.runtime.teaching import examples_of
 
-    check_gguf(model)
-    native = Model(model)
-    try:
-        teacher = Teacher(native, min(length, native.context_train or length))
-        train = teacher.write(read_lessons(file, "train"))
-        held_out = teacher.write(read_lessons(file, "held_out"))
-        known = teacher.write(general.lessons())
-    finally:
-        native.close()
-    if too_long := train.too_long + held_out.too_long:
-        typer.echo(f"{too_long:,} examples are longer than {length:,} tokens and left out.", err=True)
-    if refused := train.refused + held_out.refused:
-        typer.echo(f"{refused:,} lessons are left out: {train.reason or held_out.reason}", err=True)
-    if not train.examples:
-        raise LessonError("No lesson of the file is left to learn from.", param="file")
-    return Examples(train=train.examples, held_out=held_out.examples, general=known.examples)
+    examples, left_out = examples_of(file, model, length)
+    for sentence in left_out:
+        typer.echo(sentence, err=True)
+    return examples
 
 
 def _memory() -> int:

@@ -23,13 +23,16 @@ from aiohttp import web
 
 import lichen
 from lichen.adapters.files import FileStore
+from lichen.adapters.jobs import JobStore
 from lichen.adapters.registry import Registry
 from lichen.adapters.thread import JournalThread
+from lichen.devices import probe as machine
 from lichen.errors import ConfigError, LichenError, Unavailable
 from lichen.runtime import memory, native
 from lichen.runtime.http.access_log import AccessLog, name_request, traced
 from lichen.runtime.http.feedback import FeedbackRoutes
 from lichen.runtime.http.files import FileRoutes
+from lichen.runtime.http.fine_tuning import FineTuningRoutes
 from lichen.runtime.http.guard import LOOPBACK, Guard
 from lichen.runtime.http.keeping import Keeping, Policy
 from lichen.runtime.http.keys import KeyStore
@@ -42,6 +45,7 @@ from lichen.runtime.http.open_files import raise_limit
 from lichen.runtime.http.openai import OpenAIRoutes, json_response
 from lichen.runtime.http.tls import server_context
 from lichen.runtime.http.tokens import TokenRoutes
+from lichen.runtime.learning import Learning, require_torch
 from lichen.runtime.metrics import ProcessMetrics
 from lichen.runtime.pool import ModelPool
 from lichen.runtime.served_model import ServedModel
@@ -111,10 +115,15 @@ class Daemon:
         pool.on_ready, pool.on_evicted = self.metrics.loaded, self.metrics.evicted
         self.journal: JournalThread | None = None
         self._files: FileStore | None = None
+        self.learning: Learning | None = None
         if options.journal != "off" and options.learning_folder is not None:
             folder = options.learning_folder
             self.journal = JournalThread(folder / "journal.db", limit=options.journal_limit)
             self._files = FileStore(folder / "files", limit=options.files_limit)
+            if options.adapters_folder is not None:
+                self.learning = self._learning(
+                    JobStore(folder / "jobs"), self._files, options.adapters_folder
+                )
         hosts = (options.host, *options.allowed_hosts)
         self._tls = server_context(options.tls_cert, options.tls_key)
         self._guard = Guard(
@@ -124,6 +133,29 @@ class Daemon:
             keys=None if options.keys_file is None else KeyStore(options.keys_file),
             rate=RateLimiter(options.rate_limit),
         )
+
+    def _learning(self, jobs: JobStore, files: FileStore, adapters: Path) -> Learning:
+        return Learning(
+            jobs,
+            files,
+            Registry(adapters),
+            locate=self._model_file,
+            busy=lambda: any(model.engine.busy for model in self.pool.ready()),
+            threads=machine.probe().physical_cores,
+            memory=lambda: memory.available(self.pool.options.memory_limit),
+        )
+
+    async def _model_file(self, name: str) -> Path:
+        """Where a model lies. Raises NotFound."""
+        return (await asyncio.to_thread(self.pool.shelf.find, name)).path
+
+    async def _adaptable(self, name: str) -> str:
+        """A model's name as clients see it. Raises NotFound, and TrainingError where none can be trained."""
+        require_torch()
+        served = self.pool.served(name)
+        if served is not None:
+            return served.info.name
+        return (await asyncio.to_thread(self.pool.shelf.find, name)).name
 
     def check(self) -> None:
         """Raise Unavailable, or why the start failed, while no requests are taken."""
@@ -155,6 +187,8 @@ class Daemon:
         app.add_routes(OpenAIRoutes(self.use, self.models.known, self.pool.loaded, keeping).routes())
         app.add_routes(FeedbackRoutes(self.journal, self.metrics).routes())
         app.add_routes(FileRoutes(self._files, self.journal, self.options.read_timeout).routes())
+        jobs = None if self.learning is None else self.learning.store
+        app.add_routes(FineTuningRoutes(jobs, self._files, self._adaptable).routes())
         app.add_routes(TokenRoutes(self.use).routes())
         app.add_routes(ModelRoutes(self.models, self.check).routes())
         app.add_routes(OllamaRoutes(self.use, self.models).routes())
@@ -240,11 +274,15 @@ class Daemon:
         await runner.setup()
         assert runner.server is not None, "setup() makes the server"
         watch = asyncio.ensure_future(cut_stalled(runner.server, self.options.write_timeout))
+        learning = None if self.learning is None else asyncio.ensure_future(self.learning.run())
         try:
             await self._open(runner)
             yield
         finally:
             watch.cancel()
+            if learning is not None:
+                learning.cancel()
+                await asyncio.wait([learning])
             await runner.cleanup()
             if self.journal is not None:
                 await self.journal.close()
