@@ -147,6 +147,9 @@ class Daemon:
 
     async def _model_file(self, name: str) -> Path:
         """Where a model lies. Raises NotFound."""
+        served = self.pool.served(name)
+        if served is not None:
+            return served.path
         return (await asyncio.to_thread(self.pool.shelf.find, name)).path
 
     async def _adaptable(self, name: str) -> str:
