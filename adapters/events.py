@@ -119,9 +119,10 @@ class _Stamp(msgspec.Struct):
 class EventReader:
     """Reads what comes behind a position; a line that is not whole yet waits."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, whole: bool = False) -> None:
+        """whole: from the beginning of the file, not from its end."""
         self._path = path
-        self._position = path.stat().st_size if path.exists() else 0
+        self._position = path.stat().st_size if path.exists() and not whole else 0
         self._decoder = msgspec.json.Decoder(Event)
 
     def new(self) -> Iterator[Event]:

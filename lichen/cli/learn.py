@@ -176,13 +176,15 @@ class LearnDisplay:
             typer.echo(f"{event.steps:,} steps, {event.parameters:,} numbers to train{again}.", err=True)
             self._bar.update(self._task, total=event.steps, completed=event.step, description="training")
         elif isinstance(event, Stepped):
-            words = f"loss {event.loss:.3f}  {event.tokens_per_second:.0f} tokens/s  {_left(event.left)} left"
+            speed = f"{event.tokens_per_second:.0f} tokens/s"
+            words = f"loss {event.loss:.3f}  {speed}  {left_words(event.left)} left"
             self._bar.update(self._task, completed=event.step, more=words)
             if not self._live and (event.step == self._steps or event.step % max(1, self._steps // 10) == 0):
                 typer.echo(f"step {event.step}/{self._steps}  {words}", err=True)
 
 
-def _left(seconds: float) -> str:
+def left_words(seconds: float) -> str:
+    """A time in words."""
     return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 

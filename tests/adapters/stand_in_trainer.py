@@ -1,7 +1,8 @@
 """A process that looks like a trainer from outside: steps of no work, a checkpoint, an adapter that is given.
 
 What it does is written into the adapter's name: "steps-20" takes twenty steps, "die" kills itself at the
-third, "fail" ends in an error, "worse" learns nothing. It waits between steps while the daemon is busy, and goes on from its checkpoint.
+third, "fail" ends in an error, "worse" learns nothing. It waits between steps while the daemon is busy, and
+goes on from its checkpoint.
 """
 
 from __future__ import annotations

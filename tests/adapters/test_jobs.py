@@ -73,7 +73,7 @@ def test_whatever_happens_to_a_job_it_stays_what_it_may_be(status: Status, happe
         before = now
         if happening in WISHES:
             try:
-                now = wanted(now, happening)  # type: ignore[arg-type]
+                now = wanted(now, happening)
             except RequestError as error:
                 assert error.message
         elif happening == "begin":

@@ -248,8 +248,9 @@ async def test_pairs_do_not_go_with_supervised(served: ServedModel, tmp_path: Pa
             await client.fine_tuning.jobs.create(model="default", training_file=file)
 
 
+@pytest.mark.slow
 async def test_the_real_trainer_teaches_the_real_model(served: ServedModel, tmp_path: Path) -> None:
-    """Three corrections, a few steps: the job succeeds, its process was gentle, and the adapter serves."""
+    """A few steps on one answer: the job succeeds, what was held out is answered better, and it serves."""
     lines = b"".join(
         json.dumps(
             {
@@ -260,23 +261,21 @@ async def test_the_real_trainer_teaches_the_real_model(served: ServedModel, tmp_
             }
         ).encode()
         + b"\n"
-        for n in range(12)
+        for n in range(60)
     )
-    async with learning(served, tmp_path) as (daemon, client):
+    async with learning(served, tmp_path) as (_daemon, client):
         job = await client.fine_tuning.jobs.create(
             model="default",
             training_file=await uploaded(client, lines),
             suffix="secret",
-            hyperparameters={"n_epochs": 2, "batch_size": 4, "minutes": 0.2},  # type: ignore[typeddict-unknown-key]
+            hyperparameters={"n_epochs": 2, "batch_size": 4},
         )
         async with asyncio.timeout(120):
             while not (found := await client.fine_tuning.jobs.retrieve(job.id)).finished_at:
                 await asyncio.sleep(0.2)
         assert found.status == "succeeded", found.error
         assert found.fine_tuned_model == f"{served.info.name}:secret"
-        assert daemon.learning is not None
     version = Registry(tmp_path / "adapters").active("secret")
-    assert (
-        version is not None
-        and version.lineage.scores["after"]["loss"] < version.lineage.scores["before"]["loss"]
-    )
+    assert version is not None
+    scores = version.lineage.scores
+    assert scores["after"]["loss"] < scores["before"]["loss"]
