@@ -25,9 +25,9 @@ def made(home: Path, status: Status) -> Job:
         Job(
             id=new_job_id(),
             owner="me",
-            created=created or time.time(),
+            created=time.time(),
             model="tiny",
-            name=name,
+            name="mine",
             status=status,
         )
     )
