@@ -32,7 +32,6 @@ from typing import TypeVar
 import filelock
 import msgspec
 
-from lichen.adapters.compare import compare
 from lichen.adapters.versions import BASE, Difference, Lineage, Note, Standing, Version
 from lichen.durable import sync_folder, sync_tree, write_file
 from lichen.errors import AdapterError, DiskFull, NotFound, RegistryError, StoreError
@@ -239,6 +238,8 @@ class Registry:
 
     def diff(self, name: str, a: str, b: str) -> Difference:
         """What two versions have not in common, down to the layers. Reads both. Raises NotFound."""
+        from lichen.adapters.compare import compare  # numpy, which nothing else here needs
+
         first, second = self.version(name, a), self.version(name, b)
         return compare(first, self.file(name, first.digest), second, self.file(name, second.digest))
 

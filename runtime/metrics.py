@@ -99,6 +99,8 @@ METRICS = (
     _counter("lichen_requests_rejected_total", "Requests refused because the queue was full."),
     _gauge("lichen_slots", "Answers that can be computed at the same time."),
     _gauge("lichen_queue_limit", "Requests that may wait."),
+    _gauge("lichen_adapter_bytes", "Memory of the adapters that are loaded."),
+    _counter("lichen_adapter_switches_total", "Steps with another adapter than the step before."),
     _counter("lichen_model_loads_total", "Times that a model was loaded."),
     _counter("lichen_model_evictions_total", "Times that a model was unloaded to make room."),
     _counter("lichen_feedback_total", "Feedback that was taken, by rating: up, down, none.", "rating"),
@@ -255,6 +257,8 @@ def _of_model(model: ServedModel) -> Series:
         "lichen_requests_rejected_total": now.rejected,
         "lichen_slots": model.info.slots,
         "lichen_queue_limit": model.options.queue,
+        "lichen_adapter_bytes": sum(one.bytes for one in model.adapters.status()),
+        "lichen_adapter_switches_total": now.adapter_switches,
     }
     yield from ((metric, name, value) for metric, value in values.items())
     for reason, count in {**seen.reasons, "abort": now.cancelled, "error": now.failed}.items():

@@ -9,8 +9,8 @@ llama.cpp, threads or clocks.
 
 A step has one adaptation (llama.cpp applies an adapter to a whole context), and a deterministic sequence has
 steps of its own, always of one shape. So the live sequences fall into parties, which take turns: the one
-whose turn is the longest ago goes first. As each change of adaptation costs a step about half its time, a
-party may keep its turn for a few steps, but not beyond the tokens that a step of prompts has.
+whose turn is the longest ago goes first. As each change of adaptation costs milliseconds (`docs/log.md`),
+a party may keep its turn for a few steps, but not beyond the tokens that a step of prompts has.
 """
 
 from __future__ import annotations

@@ -156,6 +156,10 @@ def forget(
         with journal.writing():
             gone = journal.forget(ids)
         journal.scrub()
+    if gone.adapters:
+        from lichen.adapters.registry import Registry
+
+        Registry(config_of(context).home / "adapters").taint(gone.adapters)
     typer.echo(f"Deleted {len(gone.ids):,} records; nothing of them is left in the journal's files.")
     for adapter in gone.adapters:
         typer.echo(f"The adapter {adapter} had learned from them and is tainted now.", err=True)

@@ -6,6 +6,8 @@ from typing import Any
 
 from msgspec import UNSET, Struct, UnsetType
 
+from lichen.runtime.http.responses import AdapterBody
+
 
 class ErrorText(Struct):
     """Every answer of these routes with a status of 400 or more."""
@@ -48,6 +50,7 @@ class OllamaLine(Struct, kw_only=True):
     prompt_eval_duration: int | UnsetType = UNSET
     eval_count: int | UnsetType = UNSET
     eval_duration: int | UnsetType = UNSET
+    adapter: AdapterBody | UnsetType = UNSET
 
 
 class ChatLine(OllamaLine, kw_only=True):
@@ -71,6 +74,7 @@ class EmbedAnswer(Struct, kw_only=True):
     total_duration: int
     load_duration: int
     prompt_eval_count: int
+    adapter: AdapterBody | UnsetType = UNSET
 
 
 class OllamaModel(Struct, kw_only=True):

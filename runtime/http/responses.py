@@ -232,7 +232,8 @@ class CompletionChunk(Head, kw_only=True):
 
 
 class ModelCard(Struct, kw_only=True):
-    """One model. context_length: tokens; created: seconds since 1970."""
+    """One model. context_length: tokens; created: seconds since 1970. Of one with an adapter, base is the
+    model's name and adapter the digest of the version that serves, null after a rollback to none."""
 
     id: str
     object: Literal["model"]
@@ -244,6 +245,8 @@ class ModelCard(Struct, kw_only=True):
     loaded: bool
     context_length: int | UnsetType = UNSET
     capabilities: list[str]
+    base: str | UnsetType = UNSET
+    adapter: str | UnsetType | None = UNSET
 
 
 class EmbeddingUsage(Struct):
@@ -268,6 +271,7 @@ class EmbeddingList(Struct, kw_only=True):
     data: list[Embedding]
     model: str
     usage: EmbeddingUsage
+    adapter: AdapterBody | UnsetType = UNSET
 
 
 class TokenPiece(Struct):

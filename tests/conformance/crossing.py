@@ -66,6 +66,10 @@ AXES: dict[str, Axis] = {
         },
         shapes=True,
     ),
+    "adapter": Axis(
+        {"none": {}, "a": {"model": "default:a"}, "b": {"model": "default:b"}},
+        shapes=True,
+    ),
     "n": Axis({"1": {}, "2": {"n": 2}, "3": {"n": 3}}),
     "stop": Axis(
         {"none": {}, "one": {"stop": " the"}, "many": {"stop": ["\n\n", " and", ". ", "never written"]}},

@@ -15,13 +15,16 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
 import jsonschema
 import pytest
 
+from lichen.adapters.registry import Registry
 from lichen.runtime.tools.hermes import FORMAT
+from tests.adapters.made_adapters import add_made
 from tests.conformance.covering import Combination, covering
 from tests.conformance.crossing import (
     ANSWER,
@@ -76,10 +79,20 @@ class PlainPath:
 
 
 @pytest.fixture(scope="module")
-def daemon(start_daemon: StartDaemon) -> RunningDaemon:
+def home(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With the adapters a and b, which change what is said and leave it language."""
+    home = tmp_path_factory.mktemp("adapted")
+    registry = Registry(home / "adapters")
+    for seed, name in enumerate("ab"):
+        registry.promote(name, add_made(registry, name, model_path, seed, strength=0.2).digest)
+    return home
+
+
+@pytest.fixture(scope="module")
+def daemon(start_daemon: StartDaemon, home: Path) -> RunningDaemon:
     """The daemon of the combinations: 8 slots; it drafts, so that a request can do without."""
     drafts = ("--speculation", "suffix", "--answer-memory", "0")
-    return start_daemon("--slots", "8", "--threads", "1", "--queue", "256", *drafts)
+    return start_daemon("--slots", "8", "--threads", "1", "--queue", "256", *drafts, home=home)
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +102,8 @@ def client(daemon: RunningDaemon) -> Iterator[httpx.Client]:
 
 
 @pytest.fixture(scope="module")
-def plain(start_daemon: StartDaemon) -> Iterator[PlainPath]:
-    alone = start_daemon("--slots", "2", "--threads", "1")
+def plain(start_daemon: StartDaemon, home: Path) -> Iterator[PlainPath]:
+    alone = start_daemon("--slots", "2", "--threads", "1", home=home)
     with httpx.Client(base_url=alone.base_url, timeout=120) as client:
         path = PlainPath(client)
         yield path
@@ -160,7 +173,9 @@ def run(
 def ask(client: httpx.Client, asked: dict[str, Any]) -> Any:
     response = client.post("/chat/completions", json=asked)
     assert response.status_code == 200, response.text
-    return response.json()
+    answer = response.json()
+    assert ("adapter" in answer) == (":" in asked["model"])
+    return answer
 
 
 def cut(daemon: RunningDaemon, asked: dict[str, Any], *, late: bool) -> list[Outcome]:
@@ -330,6 +345,7 @@ def asker(client: httpx.Client, number: int, combination: Combination) -> Logpro
         if not candidates:
             return float("-inf")
         forced = {
+            "model": body(number, combination)["model"],
             "prompt": prompt,
             "max_tokens": 1,
             "temperature": 0,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from lichen.errors import EngineError, LichenError, NotFound, OutOfMemory
+from lichen.runtime.adapters import AdapterStatus
 from lichen.runtime.counters import Counters
 from lichen.runtime.memory import Fitted, MemoryEstimate
 from lichen.runtime.pool import ModelPool, PoolOptions
@@ -31,12 +32,18 @@ class FakeEngine:
         return True
 
 
+class FakeAdapters:
+    def status(self) -> list[AdapterStatus]:
+        return []
+
+
 class FakeModel:
     def __init__(self, shelf: FakeShelf, candidate: Candidate, fitted: Fitted) -> None:
         self.shelf = shelf
         self.options = fitted.options
         self.fitted = fitted
         self.engine = FakeEngine()
+        self.adapters = FakeAdapters()
         self.names = frozenset({candidate.name, "default"})
         self.taken = fitted.estimate.total
         self.closed = False

@@ -19,7 +19,7 @@ from lichen.runtime.served_model import ServedModel
 from tests.adapters.made_adapters import add_made, write_made
 
 PROMPT = "The river was high that spring, and the ferry did not go. " * 8
-APART = 1.0  # nats between the first tokens of two adapters, at least
+APART = 0.6  # nats between the first tokens of two adapters, at least
 ALIKE = 0.3  # of the same in batches of another shape, at most; activations are rounded to 8 bits
 
 

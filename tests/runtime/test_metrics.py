@@ -45,6 +45,7 @@ def stand_in(name: str = "moss", **counters: int) -> Any:
         options=SimpleNamespace(queue=7),
         engine=SimpleNamespace(counters=lambda: Counters(**counters)),
         metrics=EngineMetrics(),
+        adapters=SimpleNamespace(status=lambda: [SimpleNamespace(bytes=5)]),
     )
 
 

@@ -20,8 +20,8 @@ from tests.adapters.made_adapters import add_made
 from tests.conftest import MODEL, daemon_over
 
 CLIENTS = 16
-SWAPS = 8
-LEAST = 40  # requests
+SWAPS = 6
+LEAST = 32  # requests
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ async def test_replacement_under_load_drops_nobody_and_nobody_sees_two(
             nonlocal count
             while not done.is_set() or count < LEAST:
                 already = len(promoted)
-                asked = body(f"{MODEL}:mine", stream=True, max_tokens=5, deterministic=count % 5 == 0)
+                asked = body(f"{MODEL}:mine", stream=True, max_tokens=5, deterministic=count % 8 == 0)
                 answer = await client.post("/v1/chat/completions", json=asked)
                 assert answer.status_code == 200, answer.text
                 events = [json.loads(line[6:]) for line in answer.text.splitlines() if "{" in line]
