@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import msgspec
 
@@ -93,22 +93,32 @@ class EventLog:
         os.close(self._handle)
 
 
-def told(path: Path) -> list[tuple[float, Event]]:
+class Told(NamedTuple):
+    """line: its number in the file, from 0, which never changes; at: seconds since 1970."""
+
+    line: int
+    at: float
+    event: Event
+
+
+def told(path: Path) -> list[Told]:
     """Everything that a trainer has told so far, and when; lines that are none are left out.
 
     Steps that were taken again after a resumption stand there once, as they were in the end.
     """
     if not path.exists():
         return []
-    found: list[tuple[float, Event]] = []
-    for line in path.read_bytes().split(b"\n"):
+    found: list[Told] = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")):
         try:
             event, stamp = msgspec.json.decode(line, type=Event), msgspec.json.decode(line, type=_Stamp)
         except msgspec.MsgspecError:
             continue
         if isinstance(event, Started):
-            found = [one for one in found if not (isinstance(one[1], Stepped) and one[1].step > event.step)]
-        found.append((stamp.at, event))
+            found = [
+                one for one in found if not (isinstance(one.event, Stepped) and one.event.step > event.step)
+            ]
+        found.append(Told(number, stamp.at, event))
     return found
 
 

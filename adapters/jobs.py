@@ -8,6 +8,7 @@ daemon. Writers of any process exclude each other by a lock on the folder; reade
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import re
 import secrets
@@ -22,9 +23,10 @@ import filelock
 import msgspec
 from msgspec import Meta
 
+from lichen.adapters.launch import CHECKPOINT, EXAMPLES
 from lichen.adapters.task import Objective
 from lichen.durable import sync_folder, write_file
-from lichen.errors import JournalError, JournalFull, NotFound, RequestError
+from lichen.errors import JournalError, JournalFull, LichenError, NotFound, RequestError
 
 Status = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 Wish = Literal["pause", "resume", "cancel"]
@@ -34,6 +36,7 @@ MAX_ATTEMPTS = 3  # a trainer that dies this often is not started again
 LOCKED_S = 30.0
 _ID = re.compile(r"ftjob-[0-9a-f]{24}")
 JOB, LOCK = "job.json", ".lock"
+LESSONS, RECORDS, RESULT = "lessons.jsonl", "records.json", "result"  # beside it; `initiative.py` writes two
 
 
 class Hyperparameters(msgspec.Struct, frozen=True, kw_only=True):
@@ -105,7 +108,7 @@ class JobStore:
         with _translated(), self._writing():
             if len(list(self.folder.glob(f"*/{JOB}"))) >= MAX_JOBS:
                 raise JournalFull("There are too many jobs.", hint="Remove old ones: lichen jobs remove ID.")
-            self.place(job.id).mkdir(mode=0o700)
+            self.place(job.id).mkdir(mode=0o700, exist_ok=True)
             self._write(job)
             sync_folder(self.folder)
         return job
@@ -136,11 +139,31 @@ class JobStore:
         return self.folder / id
 
     def change(self, id: str, how: Callable[[Job], Job]) -> Job:
-        """Replace a job by what `how` makes of it, without anybody in between; durable when this returns."""
+        """Replace a job by what `how` makes of it, without anybody in between; durable when this returns.
+
+        Once it has ended, nothing that it would have been trained on is left in its folder.
+        """
         with _translated(), self._writing():
-            job = how(self.get(id))
-            self._write(job)
+            before = self.get(id)
+            job = how(before)
+            if job != before:
+                self._write(job)
+            if job.ended:
+                self._tidy(id)
         return job
+
+    def sweep(self) -> None:
+        """Delete folders of jobs that were never taken in: whoever made them died before."""
+        with _translated(), self._writing():
+            for folder in self.folder.glob("ftjob-*"):
+                if not (folder / JOB).exists():
+                    shutil.rmtree(folder)
+
+    def _tidy(self, id: str) -> None:
+        for name in (LESSONS, EXAMPLES, CHECKPOINT):
+            with contextlib.suppress(OSError):
+                (self.place(id) / name).unlink(missing_ok=True)
+        shutil.rmtree(self.place(id) / RESULT, ignore_errors=True)
 
     def ask(self, id: str, wish: Wish, owner: str | None = None) -> Job:
         """Want a job to pause, to go on or to end. Raises RequestError where that makes no sense."""
@@ -201,7 +224,9 @@ def wanted(job: Job, wish: Wish) -> Job:
 
 
 def begun(job: Job) -> Job:
-    """A trainer starts for it."""
+    """A trainer starts for it, unless its owner changed his mind meanwhile."""
+    if job.status not in ("queued", "validating_files"):
+        return job
     return msgspec.structs.replace(job, status="running", started=job.started or time.time())
 
 
@@ -214,13 +239,30 @@ def ended(
     )
 
 
-def interrupted(job: Job) -> Job:
-    """Its trainer is gone without having said why: it is tried again, but not for ever."""
+def stopped(job: Job) -> Job:
+    """Its trainer kept a checkpoint and ended: as its owner asked, or because the daemon ends."""
+    if job.ended:
+        return job
     if job.asked == "cancel":
         return ended(job, "cancelled")
+    status: Status = "paused" if job.asked == "pause" else "queued"
+    return msgspec.structs.replace(job, status=status, asked=None)
+
+
+def interrupted(job: Job) -> Job:
+    """Its trainer or its daemon is gone without a word: it is tried again, but not for ever."""
+    if job.ended or job.asked == "cancel":
+        return stopped(job)
     if job.attempts + 1 >= MAX_ATTEMPTS:
         return ended(job, "failed", error=f"The trainer died {MAX_ATTEMPTS} times.")
-    return msgspec.structs.replace(job, status="queued", attempts=job.attempts + 1)
+    return msgspec.structs.replace(stopped(job), attempts=job.attempts + 1)
+
+
+def failed(job: Job, error: LichenError) -> Job:
+    """It cannot go on, unless it has ended otherwise, or its owner wanted it to end."""
+    if job.ended or job.asked == "cancel":
+        return stopped(job)
+    return ended(job, "failed", error=str(error), param=error.param or "")
 
 
 @contextmanager

@@ -58,6 +58,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     learning rate; 0 for the default of the objective, which `multiplier` raises or lowers. beta: how far a
     preference may lead away from the model as it was. memory: bytes that the process may allocate, 0 for no
     limit. cache: bytes of disk for activations. checkpoint: seconds between two, 0 for one after each step.
+    nice: how far the process steps back for others, 19 for as far as the system knows.
     """
 
     name: str
@@ -78,14 +79,15 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     memory: Annotated[int, Meta(ge=0)] = 0
     cache: Annotated[int, Meta(ge=0)] = 2_000_000_000
     checkpoint: Annotated[float, Meta(ge=0)] = 20.0
+    nice: Annotated[int, Meta(ge=0, le=19)] = 19
 
     def identity(self, examples: bytes) -> str:
         """Hex digest of all that decides the result; a checkpoint of another one is not continued.
 
-        How often a checkpoint is written and how much memory there is do not belong to it; the cache does,
+        How often a checkpoint is written, memory and priority do not belong to it; the cache does,
         since an example that does not fit is computed alone, which rounds differently.
         """
-        decisive = msgspec.structs.replace(self, output="", memory=0, checkpoint=0.0)
+        decisive = msgspec.structs.replace(self, output="", memory=0, checkpoint=0.0, nice=0)
         digest = hashlib.sha256(msgspec.json.encode(decisive, order="deterministic"))
         digest.update(hashlib.sha256(examples).digest())
         return digest.hexdigest()

@@ -53,7 +53,7 @@ class Trainer:
         self.model, self.task = model, task
         self.first = attach(model, task.lora, task.seed)
         self.rate = task.rate or RATES[task.objective] * task.multiplier
-        self.breathe: Callable[[], None] = lambda: None  # called between the parts of a step
+        self.breathe: Callable[[], None] = lambda: None  # called between the parts of a step or measurement
         self.step = 0
         train = _sides(examples.train) if task.objective == "preference" else examples.train
         spread = _spread(examples.held_out, MEASURED)
@@ -163,7 +163,7 @@ class Trainer:
     def _score(self, rows: Rows | None) -> Score | None:
         if rows is None:
             return None
-        return objectives.measure(rows, range(len(rows.lengths)), self.task.tokens)
+        return objectives.measure(rows, range(len(rows.lengths)), self.task.tokens, self.breathe)
 
 
 def _sides(pairs: Sequence[Example]) -> list[Example]:

@@ -3,8 +3,8 @@
 The folder holds task.json and examples.json; it gets events.jsonl and checkpoint.pt, and is held by a lock
 while the process runs. The process has the lowest priority, and waits between the parts of a step
 while requests run (`courtesy.py`). SIGTERM and SIGINT, or the end of the process that started it, end it
-after the step that runs, with a checkpoint; after `kill -9` it goes on from the
-last one. Exit codes: 0 finished, 3 stopped, 1 failed; an event says more.
+after the step that runs, with a checkpoint, and a measurement at once; after `kill -9` it goes on from the
+last checkpoint. Exit codes: 0 finished, 3 stopped, 1 failed; an event says more.
 """
 
 from __future__ import annotations
@@ -39,18 +39,24 @@ from lichen.models.load import load_model
 BUSY_LOOK_S = 0.02
 
 
+class _Ended(Exception):
+    """It was asked to stop while it took no step."""
+
+
 class Run:
     """One process's part of a training. Signals only set `stopping`."""
 
     def __init__(self, folder: Path, tell: EventLog) -> None:
         self.folder, self.tell = folder, tell
         self.stopping = False
+        self._step = 0  # of the last checkpoint
         self._parent = os.getppid()
         self._courtesy = Courtesy(folder)
         examples = (folder / EXAMPLES).read_bytes()
         self.task = msgspec.json.decode((folder / TASK).read_bytes(), type=Task)
         self.identity = self.task.identity(examples)
         self._examples = msgspec.json.decode(examples, type=Examples)
+        step_back(self.task.nice)
 
     def stop(self, _signal: int, _frame: FrameType | None) -> None:
         """End after this step."""
@@ -58,10 +64,17 @@ class Run:
 
     def __call__(self) -> int:
         """Train to the end or until stopped; the exit code."""
+        try:
+            return self._run()
+        except _Ended:
+            self.tell(Stopped(self._step))
+            return STOPPED
+
+    def _run(self) -> int:
         started = time.monotonic()
         torch.set_num_threads(self.task.threads)
         trainer = Trainer(load_model(Path(self.task.model)), self.task, self._examples, self.folder)
-        trainer.breathe = self._breathe
+        trainer.breathe = self._breathe_or_end
         _limit_memory(self.task.memory)
         path = self.folder / CHECKPOINT
         state = checkpoint.load(path, self.identity)
@@ -72,12 +85,12 @@ class Run:
             self._save(trainer)
         else:
             trainer.restore(state)
+            self._step = trainer.step
             self.before = msgspec.convert(state["before"], Measured)
         self.tell(self.before)
         self.tell(Started(trainer.step, trainer.steps, trainer.parameters, trainer.rate))
         if not self._steps(trainer):
-            self.tell(Stopped(trainer.step))
-            return STOPPED
+            raise _Ended
         after = trainer.measure("after")
         self.tell(after)
         place = self._publish(trainer, after)
@@ -90,6 +103,7 @@ class Run:
         """All steps that are left; False where it was stopped before."""
         saved = begun = time.monotonic()
         done = 0
+        trainer.breathe = self._breathe  # a step that has begun is finished
         while trainer.step < trainer.steps and not self._ending():
             started = time.monotonic()
             step = trainer.advance()
@@ -102,12 +116,19 @@ class Run:
                 self._save(trainer)
                 saved = now
         self._save(trainer)
+        trainer.breathe = self._breathe_or_end
         return trainer.step == trainer.steps
 
     def _breathe(self) -> None:
         """Wait while the machine is needed for requests."""
         while self._courtesy.busy and not self._ending():
             time.sleep(BUSY_LOOK_S)
+
+    def _breathe_or_end(self) -> None:
+        """The same while there is no step to lose. Raises _Ended."""
+        self._breathe()
+        if self._ending():
+            raise _Ended
 
     def _ending(self) -> bool:
         """Whether it was asked to stop, or whoever started it is gone."""
@@ -116,6 +137,7 @@ class Run:
     def _save(self, trainer: Trainer) -> None:
         state = {**trainer.state(), "identity": self.identity, "before": msgspec.to_builtins(self.before)}
         checkpoint.save(self.folder / CHECKPOINT, state)
+        self._step = trainer.step
         self.tell(Saved(trainer.step))
 
     def _publish(self, trainer: Trainer, after: Measured) -> Path:
@@ -161,6 +183,18 @@ def _limit_memory(count: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (used + count, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
+def step_back(nice: int) -> None:
+    """Take a lower priority, as far as the system allows it.
+
+    Where Linux groups processes by session (sched(7), autogroup), `nice` counts only within a session, and
+    the trainer has one of its own: its group must be nice as well.
+    """
+    with contextlib.suppress(OSError):  # a sandbox may forbid it
+        os.nice(nice)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/autogroup").write_text(str(nice), encoding="ascii")
+
+
 def _words(error: BaseException) -> str:
     if isinstance(error, LichenError):
         return str(error)
@@ -176,8 +210,6 @@ def _words(error: BaseException) -> str:
 def main(arguments: list[str]) -> int:
     """Run in the folder that is named; the exit code."""
     folder = Path(arguments[0])
-    with contextlib.suppress(OSError):  # a sandbox may forbid it
-        os.nice(19)
     tell = EventLog(folder / EVENTS)
     try:
         with filelock.FileLock(folder / LOCK, timeout=0):

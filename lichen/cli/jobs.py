@@ -170,7 +170,7 @@ def _events(store: JobStore, job: Job) -> list[Event]:
     from lichen.adapters.events import told
     from lichen.adapters.launch import EVENTS
 
-    return [event for _, event in told(Path(store.place(job.id)) / EVENTS)]
+    return [one.event for one in told(Path(store.place(job.id)) / EVENTS)]
 
 
 def _progress(store: JobStore, job: Job) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import re
 import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from aiohttp import web
 
-from lichen.adapters.events import Event, Stepped, told
+from lichen.adapters.events import Stepped, Told, told
 from lichen.adapters.files import FileStore, StoredFile
 from lichen.adapters.jobs import Job, JobStore, Wish, new_job_id
 from lichen.adapters.launch import EVENTS
@@ -32,6 +33,7 @@ from lichen.runtime.http.keeping import asker
 from lichen.runtime.http.openai import read
 
 T = TypeVar("T")
+_EVENT = re.compile(r"ftevent-[0-9]{8}")
 
 
 class FineTuningRoutes:
@@ -114,8 +116,11 @@ class FineTuningRoutes:
         """What happened in it."""
         job, wanted = await self._job(request), parse_query(request.query, JobsQuery)
         happened = await self._off_loop(functools.partial(self._told, job))
-        events = [event_object(number, at, event) for number, (at, event) in enumerate(happened)][::-1]
-        events = _after(events, wanted.after, lambda event: event.id)
+        events = [event_object(one) for one in reversed(happened)]
+        if wanted.after is not None:  # one that a resumption has replaced meanwhile is a place all the same
+            if not _EVENT.fullmatch(wanted.after):
+                raise RequestError(f"{wanted.after[:64]!r} is no id of an event.", param="after")
+            events = [event for event in events if event.id < wanted.after]
         shown = events[: wanted.limit]
         return struct_response(EventList(object="list", data=shown, has_more=len(events) > len(shown)))
 
@@ -128,15 +133,15 @@ class FineTuningRoutes:
         store, _ = self._opened()
         return await self._off_loop(functools.partial(store.get, request.match_info["id"], asker()))
 
-    def _told(self, job: Job) -> list[tuple[float, Event]]:
+    def _told(self, job: Job) -> list[Told]:
         store, _ = self._opened()
         return told(store.place(job.id) / EVENTS)
 
     def _object(self, job: Job) -> JobObject:
         finish = None
         if job.status == "running":
-            steps = [(at, event) for at, event in self._told(job) if isinstance(event, Stepped)]
-            finish = steps[-1][0] + steps[-1][1].left if steps else None
+            steps = [one.at + one.event.left for one in self._told(job) if isinstance(one.event, Stepped)]
+            finish = steps[-1] if steps else None
         return job_object(job, estimated_finish=finish)
 
     async def _off_loop(self, work: Callable[[], T]) -> T:

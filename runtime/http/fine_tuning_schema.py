@@ -7,15 +7,15 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from lichen.adapters.events import Event, Failed, Finished, Measured, Saved, Started, Stepped
+from lichen.adapters.events import Event, Failed, Finished, Measured, Saved, Started, Stepped, Told
 from lichen.adapters.jobs import Hyperparameters, Job, Status
 from lichen.errors import RequestError, UnsupportedField
 
 MAX_METADATA = 16
 
 Auto = Literal["auto"]
-FileId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
-Suffix = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+FileId = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9_-]{1,64}\Z")]
+Suffix = Annotated[str, Meta(pattern=r"\A[a-z0-9][a-z0-9._-]{0,63}\Z")]
 
 
 class Asked(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -248,13 +248,14 @@ def job_object(job: Job, *, estimated_finish: float | None = None) -> JobObject:
     )
 
 
-def event_object(number: int, at: float, event: Event) -> JobEvent:
+def event_object(told: Told) -> JobEvent:
     """An event of a trainer as the API words it."""
+    event = told.event
     level: Literal["info", "error"] = "error" if isinstance(event, Failed) else "info"
     return JobEvent(
-        id=f"ftevent-{number:08d}",
+        id=f"ftevent-{told.line:08d}",
         object="fine_tuning.job.event",
-        created_at=int(at),
+        created_at=int(told.at),
         level=level,
         message=message_of(event),
         type="metrics" if isinstance(event, Stepped | Measured) else "message",

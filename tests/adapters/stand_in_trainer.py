@@ -1,8 +1,8 @@
 """A process that looks like a trainer from outside: steps of no work, a checkpoint, an adapter that is given.
 
 What it does is written into the adapter's name: "steps-20" takes twenty steps, "die" kills itself at the
-third, "fail" ends in an error, "worse" learns nothing. It waits between steps while the daemon is busy, and
-goes on from its checkpoint.
+third, "fail" ends in an error, "worse" learns nothing, "deaf" does not end when asked. It waits between
+steps while the daemon is busy, and goes on from its checkpoint.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import filelock
+
 from lichen.adapters.courtesy import Courtesy
 from lichen.adapters.events import EventLog, Failed, Finished, Measured, Saved, Started, Stepped, Stopped
-from lichen.adapters.launch import EVENTS, STOPPED, TASK
+from lichen.adapters.launch import EVENTS, LOCK, STOPPED, TASK
 
 GIVEN = "LICHEN_TEST_ADAPTER"  # folder with the adapter.gguf and adapter.json of its result
 STEP_S = 0.05
@@ -27,6 +29,8 @@ STEP_S = 0.05
 
 def main() -> int:
     folder = Path(sys.argv[1])
+    lock = filelock.FileLock(folder / LOCK, timeout=0)
+    lock.acquire()
     task: dict[str, Any] = json.loads((folder / TASK).read_bytes())
     tell, courtesy, checkpoint = EventLog(folder / EVENTS), Courtesy(folder), folder / "checkpoint.pt"
     stopping: list[int] = []
@@ -42,7 +46,7 @@ def main() -> int:
         return 1
     parent = os.getppid()
     while step < steps:
-        if stopping or os.getppid() != parent:
+        if (stopping and not task["name"].startswith("deaf")) or os.getppid() != parent:
             checkpoint.write_text(str(step))
             tell(Saved(step))
             tell(Stopped(step))

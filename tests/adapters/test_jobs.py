@@ -66,8 +66,6 @@ def test_there_is_an_end_to_how_many(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @given(st.sampled_from(STATES), st.lists(st.sampled_from([*WISHES, "begin", "stop", "die"]), max_size=12))
 def test_whatever_happens_to_a_job_it_stays_what_it_may_be(status: Status, happenings: list[str]) -> None:
-    from lichen.runtime.learning import _started, _stopped
-
     now, deaths = job(status=status), 0
     for happening in happenings:
         before = now
@@ -77,10 +75,10 @@ def test_whatever_happens_to_a_job_it_stays_what_it_may_be(status: Status, happe
             except RequestError as error:
                 assert error.message
         elif happening == "begin":
-            now = _started(now)
+            now = jobs.begun(now)
         elif now.status == "running":
             deaths += happening == "die"
-            now = jobs.interrupted(now) if happening == "die" else _stopped(now)
+            now = jobs.interrupted(now) if happening == "die" else jobs.stopped(now)
         if before.ended:
             assert now == before, "an end is an end"
         assert now.asked is None or now.status == "running"

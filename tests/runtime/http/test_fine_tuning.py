@@ -210,6 +210,8 @@ GOOD: dict[str, Any] = {"model": "default", "training_file": "FILE"}
         ({"validation_file": "file-" + "0" * 24}, "There is no file"),
         ({"suffix": "../x"}, "suffix"),
         ({"suffix": "a" * 65}, "suffix"),
+        ({"suffix": "mine\n"}, "suffix"),
+        ({"training_file": "file-1\n"}, "training_file"),
         ({"suffix": "Mine"}, "suffix"),
         ({"seed": -1}, "seed"),
         ({"integrations": [{"type": "wandb"}]}, "integrations"),
