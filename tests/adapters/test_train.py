@@ -324,8 +324,8 @@ def test_asked_to_stop_it_measures_nothing_more(model_file: Path, tmp_path: Path
 @pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="no autogroup here")
 def test_its_whole_session_steps_back() -> None:
     code = (
-        "from pathlib import Path; from lichen.adapters.trainer import step_back; step_back(19); "
-        "print(Path('/proc/self/autogroup').read_text().split()[-1], __import__('os').nice(0))"
+        "import os; from pathlib import Path; from lichen.adapters.trainer import step_back; step_back(19); "
+        "print(Path('/proc/self/autogroup').read_text().split()[-1], os.nice(0), flush=True); os._exit(0)"
     )
     said = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, start_new_session=True
