@@ -64,7 +64,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     training, validation: ids of uploaded files; lessons: path of a file of this machine instead, or of the
     export of what the owner said. model: name of the base model. name: of the adapter. asked: what its owner
-    wants and whoever runs it has not done yet. attempts: trainers that were started and died.
+    wants and whoever runs it has not done yet. attempts: trainers that were started and died. memory, disk:
+    bytes that its trainer may take, 0 for what is free and usual.
     """
 
     id: str
@@ -82,6 +83,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     status: Status = "queued"
     asked: Wish | None = None
     attempts: int = 0
+    memory: int = 0
+    disk: int = 0
     started: float | None = None
     finished: float | None = None
     error: str = ""

@@ -213,13 +213,14 @@ class Learning:
             minutes=wanted.minutes,
             seed=job.seed,
             threads=self._threads,
-            memory=self._memory(),
+            memory=job.memory or self._memory(),
         )
         given = {
             "epochs": wanted.epochs,
             "batch": wanted.batch,
             "beta": wanted.beta,
             "multiplier": wanted.multiplier,
+            "cache": job.disk or None,
         }
         chosen = {name: value for name, value in given.items() if value is not None}
         return msgspec.structs.replace(task, **chosen)

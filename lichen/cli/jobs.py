@@ -53,6 +53,9 @@ def list_jobs(
     rows = [(job.id, job.status, f"{job.model}:{job.name}", _progress(store, job)) for job in jobs]
     if rows:
         table("", ("JOB", "STATE", "ADAPTER", "PROGRESS"), rows)
+    said = store.folder.parent / "policy.json"  # of a daemon that learns by itself
+    if said.exists():
+        typer.echo(f"By itself: {msgspec.json.decode(said.read_bytes())['sentence']}", err=True)
 
 
 def show(

@@ -16,6 +16,7 @@ from lichen.runtime.http.log_format import configure_logging
 
 if TYPE_CHECKING:
     from lichen.config import Config
+    from lichen.runtime.initiative import Options as InitiativeOptions
     from lichen.runtime.resident import LoadProgress
     from lichen.runtime.served_model import ServedModel
 
@@ -79,6 +80,18 @@ def serve(
     journal_limit: Annotated[Text, typer.Option(help="Bytes on disk for kept answers.")] = None,
     files_limit: Annotated[Text, typer.Option(help="Bytes on disk for uploaded files.")] = None,
     adapters_limit: Annotated[Text, typer.Option(help="Bytes on disk for versions of adapters.")] = None,
+    auto_learn: Annotated[
+        bool | None, typer.Option("--auto-learn", help="Learn by itself from feedback.")
+    ] = None,
+    auto_learn_after: Annotated[Number, typer.Option(help="New lessons before it does.")] = None,
+    auto_learn_idle: Annotated[Decimal, typer.Option(help="Minutes without a request before.")] = None,
+    auto_learn_minutes: Annotated[Decimal, typer.Option(help="About how long it may train.")] = None,
+    auto_learn_memory: Annotated[Text, typer.Option(help="Bytes of memory that it may take.")] = None,
+    auto_learn_disk: Annotated[Text, typer.Option(help="Bytes on disk that it may take.")] = None,
+    auto_learn_hours: Annotated[Text, typer.Option(help="When it may begin: HH:MM-HH:MM, local.")] = None,
+    auto_learn_battery: Annotated[
+        bool | None, typer.Option("--auto-learn-battery", help="Also on battery.")
+    ] = None,
     log_level: Annotated[Text, typer.Option(help="debug, info, warning, error or critical.")] = None,
     log_format: Annotated[Text, typer.Option(help="text or json.")] = None,
 ) -> None:
@@ -126,6 +139,7 @@ def run_daemon(config: Config) -> None:
         journal_limit=config.journal_limit,
         files_limit=config.files_limit,
         adapters_folder=config.home / "adapters",
+        initiative=_initiative(config),
     )
 
     pool_options = PoolOptions(
@@ -144,6 +158,23 @@ def run_daemon(config: Config) -> None:
         asyncio.run(run())
     else:
         uvloop.run(run())
+
+
+def _initiative(config: Config) -> InitiativeOptions:
+    from lichen.adapters.policy import Rules, hours_of
+    from lichen.runtime.initiative import Options
+
+    if not config.auto_learn:
+        return Options()
+    rules = Rules(
+        after=config.auto_learn_after,
+        idle=60 * config.auto_learn_idle,
+        memory=config.auto_learn_memory,
+        disk=config.auto_learn_disk,
+        hours=None if config.auto_learn_hours is None else hours_of(config.auto_learn_hours),
+        on_battery=config.auto_learn_battery,
+    )
+    return Options(rules=rules, minutes=config.auto_learn_minutes)
 
 
 def _load(config: Config, loading: Future[ServedModel], progress: LoadProgress) -> None:

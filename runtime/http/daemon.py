@@ -45,6 +45,8 @@ from lichen.runtime.http.open_files import raise_limit
 from lichen.runtime.http.openai import OpenAIRoutes, json_response
 from lichen.runtime.http.tls import server_context
 from lichen.runtime.http.tokens import TokenRoutes
+from lichen.runtime.initiative import Initiative
+from lichen.runtime.initiative import Options as InitiativeOptions
 from lichen.runtime.learning import Learning, require_torch
 from lichen.runtime.metrics import ProcessMetrics
 from lichen.runtime.pool import ModelPool
@@ -60,7 +62,7 @@ class DaemonOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     rate_limit: requests a minute and client, 0 for no limit; a request_timeout of 0 is no limit either.
     journal: what is kept of answers, under learning_folder; its limits in bytes. adapters_folder: of the
-    registry whose adapters are served; None for none.
+    registry whose adapters are served; None for none. initiative: whether it learns by itself.
     """
 
     host: str = "127.0.0.1"
@@ -84,6 +86,7 @@ class DaemonOptions(msgspec.Struct, frozen=True, kw_only=True):
     journal_limit: int = 1_000_000_000
     files_limit: int = 2_000_000_000
     adapters_folder: Path | None = None
+    initiative: InitiativeOptions = InitiativeOptions()
 
     def check(self) -> None:
         """Raise ConfigError rather than listen to a network without a key, or with keys nobody can read."""
@@ -142,8 +145,30 @@ class Daemon:
             locate=self._model_file,
             busy=lambda: any(model.engine.busy for model in self.pool.ready()),
             threads=machine.probe().physical_cores,
-            memory=lambda: memory.available(self.pool.options.memory_limit),
+            memory=self._free,
+            journal=self.journal,
         )
+
+    def _free(self) -> int:
+        return memory.available(self.pool.options.memory_limit)
+
+    async def _learn(self, learning: Learning, journal: JournalThread) -> None:
+        """Carry out jobs, and make some where the policy says so, until cancelled."""
+        initiative = Initiative(
+            learning,
+            journal,
+            self.options.initiative,
+            model=lambda: None if (served := self.pool.served()) is None else served.info.name,
+            requests=lambda: sum(model.engine.counters().requests for model in self.pool.ready()),
+            busy=lambda: any(model.engine.busy for model in self.pool.ready()),
+            free=self._free,
+        )
+        looks = asyncio.ensure_future(initiative.run())
+        try:
+            await learning.run()
+        finally:
+            looks.cancel()
+            await asyncio.gather(looks, return_exceptions=True)
 
     async def _model_file(self, name: str) -> Path:
         """Where a model lies. Raises NotFound."""
@@ -277,7 +302,9 @@ class Daemon:
         await runner.setup()
         assert runner.server is not None, "setup() makes the server"
         watch = asyncio.ensure_future(cut_stalled(runner.server, self.options.write_timeout))
-        learning = None if self.learning is None else asyncio.ensure_future(self.learning.run())
+        learning = None
+        if self.learning is not None and self.journal is not None:
+            learning = asyncio.ensure_future(self._learn(self.learning, self.journal))
         try:
             await self._open(runner)
             yield
