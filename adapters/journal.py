@@ -199,7 +199,8 @@ class Journal:
         """How many chats were corrected or liked after a time in seconds since 1970."""
         with translated(self.path):
             (count,) = self._run(
-                "SELECT count(*) FROM records WHERE rated > ? AND kind = 'chat' AND (rating = 1 OR correction IS NOT NULL)",
+                "SELECT count(*) FROM records WHERE rated > ? AND kind = 'chat' "
+                "AND (rating = 1 OR correction IS NOT NULL)",
                 (moment,),
             ).fetchone()
         return int(count)

@@ -208,7 +208,9 @@ class Daemon:
             middlewares=[traced, self._guard.middleware, deadlines.middleware],
             client_max_size=self.options.max_body,
         )
-        metrics = MetricsRoute(self.pool.ready, self.metrics, memory.resident, self._journal_bytes)
+        metrics = MetricsRoute(
+            self.pool.ready, self.metrics, memory.resident, self._journal_bytes, self.learning
+        )
         keeping = Keeping(self.options.journal, self.journal, self.metrics)
         app.on_response_prepare.extend([name_request, self._guard.allow_reading, metrics.count_error])
         app.add_routes(metrics.routes())

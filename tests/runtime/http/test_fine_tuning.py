@@ -89,7 +89,7 @@ def status(*names: str) -> Callable[[FineTuningJob], bool]:
 
 @pytest.mark.usefixtures("stand_in")
 async def test_a_job_becomes_a_model_that_answers(served: ServedModel, tmp_path: Path) -> None:
-    async with learning(served, tmp_path) as (_daemon, client):
+    async with learning(served, tmp_path) as (daemon, client):
         job = await client.fine_tuning.jobs.create(
             model="default",
             training_file=await uploaded(client),
@@ -106,6 +106,10 @@ async def test_a_job_becomes_a_model_that_answers(served: ServedModel, tmp_path:
         events = (await client.fine_tuning.jobs.list_events(job.id)).data
         assert [event.type for event in events].count("metrics") == 5
         assert events[0].message.startswith("The training has ended")
+        assert daemon.journal is not None and done.model_extra is not None
+        digest = done.model_extra["lichen"]["digest"]
+        lessons = await daemon.journal.do(lambda journal: journal.lessons_of(digest))
+        assert lessons == [done.training_file], "so that forgetting the file taints the adapter"
         page = await client.fine_tuning.jobs.list_events(job.id, limit=2, after=events[1].id)
         assert [event.id for event in page.data] == [event.id for event in events[2:4]]
         answer = await client.chat.completions.create(
@@ -185,6 +189,12 @@ async def test_the_trainer_waits_while_requests_run(
         file = await uploaded(client)
         job = await client.fine_tuning.jobs.create(model="default", training_file=file, suffix="steps-200")
         await until(client, job.id, lambda found: found.estimated_finish is not None)
+        async with httpx.AsyncClient(base_url=daemon.url, trust_env=False) as plain:
+            metrics = (await plain.get("/metrics")).text
+        for line in ('lichen_jobs{status="running"} 1', 'lichen_jobs{status="failed"} 0'):
+            assert line in metrics
+        assert "lichen_training_loss 2.0" in metrics
+        assert "lichen_training_tokens_per_second 100.0" in metrics
         learned = daemon.learning
         assert learned is not None
         monkeypatch.setattr(learned, "_busy", lambda: True)
