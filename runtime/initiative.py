@@ -1,8 +1,8 @@
 """Learning by itself: looks each minute whether `adapters/policy.py` would learn, and then makes a job.
 
 The job learns from all chats that people corrected or liked and that are still in the journal, so that the
-new version replaces the old one. Also keeps the registry's marks of what learned from forgotten texts, and ends
-jobs that would learn from them. Only the daemon that runs the jobs does all that.
+new version replaces the old one. Also keeps the registry's marks of what learned from forgotten texts, and
+ends jobs that would learn from them. Only the daemon that runs the jobs does all that.
 """
 
 from __future__ import annotations

@@ -26,7 +26,6 @@ from lichen.adapters.files import FileStore
 from lichen.adapters.jobs import JobStore
 from lichen.adapters.registry import Registry
 from lichen.adapters.thread import JournalThread
-from lichen.devices import probe as machine
 from lichen.errors import ConfigError, LichenError, Unavailable
 from lichen.runtime import memory, native
 from lichen.runtime.http.access_log import AccessLog, name_request, traced
@@ -45,11 +44,11 @@ from lichen.runtime.http.open_files import raise_limit
 from lichen.runtime.http.openai import OpenAIRoutes, json_response
 from lichen.runtime.http.tls import server_context
 from lichen.runtime.http.tokens import TokenRoutes
-from lichen.runtime.initiative import Initiative
 from lichen.runtime.initiative import Options as InitiativeOptions
 from lichen.runtime.learning import Learning, require_torch
 from lichen.runtime.metrics import ProcessMetrics
 from lichen.runtime.pool import ModelPool
+from lichen.runtime.schooling import learn, learning_over
 from lichen.runtime.served_model import ServedModel
 from lichen.runtime.variants import Catalogue, Variants
 from lichen.sync.store import Store
@@ -124,9 +123,8 @@ class Daemon:
             self.journal = JournalThread(folder / "journal.db", limit=options.journal_limit)
             self._files = FileStore(folder / "files", limit=options.files_limit)
             if options.adapters_folder is not None:
-                self.learning = self._learning(
-                    JobStore(folder / "jobs"), self._files, options.adapters_folder
-                )
+                jobs = JobStore(folder / "jobs")
+                self.learning = learning_over(pool, jobs, self._files, options.adapters_folder, self.journal)
         hosts = (options.host, *options.allowed_hosts)
         self._tls = server_context(options.tls_cert, options.tls_key)
         self._guard = Guard(
@@ -136,46 +134,6 @@ class Daemon:
             keys=None if options.keys_file is None else KeyStore(options.keys_file),
             rate=RateLimiter(options.rate_limit),
         )
-
-    def _learning(self, jobs: JobStore, files: FileStore, adapters: Path) -> Learning:
-        return Learning(
-            jobs,
-            files,
-            Registry(adapters),
-            locate=self._model_file,
-            busy=lambda: any(model.engine.busy for model in self.pool.ready()),
-            threads=machine.probe().physical_cores,
-            memory=self._free,
-            journal=self.journal,
-        )
-
-    def _free(self) -> int:
-        return memory.available(self.pool.options.memory_limit)
-
-    async def _learn(self, learning: Learning, journal: JournalThread) -> None:
-        """Carry out jobs, and make some where the policy says so, until cancelled."""
-        initiative = Initiative(
-            learning,
-            journal,
-            self.options.initiative,
-            model=lambda: None if (served := self.pool.served()) is None else served.info.name,
-            requests=lambda: sum(model.engine.counters().requests for model in self.pool.ready()),
-            busy=lambda: any(model.engine.busy for model in self.pool.ready()),
-            free=self._free,
-        )
-        looks = asyncio.ensure_future(initiative.run())
-        try:
-            await learning.run()
-        finally:
-            looks.cancel()
-            await asyncio.gather(looks, return_exceptions=True)
-
-    async def _model_file(self, name: str) -> Path:
-        """Where a model lies. Raises NotFound."""
-        served = self.pool.served(name)
-        if served is not None:
-            return served.path
-        return (await asyncio.to_thread(self.pool.shelf.find, name)).path
 
     async def _adaptable(self, name: str) -> str:
         """A model's name as clients see it. Raises NotFound, and TrainingError where none can be trained."""
@@ -306,7 +264,8 @@ class Daemon:
         watch = asyncio.ensure_future(cut_stalled(runner.server, self.options.write_timeout))
         learning = None
         if self.learning is not None and self.journal is not None:
-            learning = asyncio.ensure_future(self._learn(self.learning, self.journal))
+            work = learn(self.learning, self.journal, self.options.initiative, self.pool)
+            learning = asyncio.ensure_future(work)
         try:
             await self._open(runner)
             yield
