@@ -100,18 +100,14 @@ def serve(
     journal_limit: Annotated[Text, typer.Option(help="Bytes on disk for kept answers.")] = None,
     files_limit: Annotated[Text, typer.Option(help="Bytes on disk for uploaded files.")] = None,
     adapters_limit: Annotated[Text, typer.Option(help="Bytes on disk for versions of adapters.")] = None,
-    auto_learn: Annotated[
-        bool | None, typer.Option("--auto-learn", help="Learn by itself from feedback.")
-    ] = None,
+    auto_learn: Annotated[bool | None, typer.Option("--auto-learn", help="Learn from feedback.")] = None,
     auto_learn_after: Annotated[Number, typer.Option(help="New lessons before it does.")] = None,
     auto_learn_idle: Annotated[Decimal, typer.Option(help="Minutes without a request before.")] = None,
     auto_learn_minutes: Annotated[Decimal, typer.Option(help="About how long it may train.")] = None,
     auto_learn_memory: Annotated[Text, typer.Option(help="Bytes of memory that it may take.")] = None,
     auto_learn_disk: Annotated[Text, typer.Option(help="Bytes on disk that it may take.")] = None,
     auto_learn_hours: Annotated[Text, typer.Option(help="When it may begin: HH:MM-HH:MM, local.")] = None,
-    auto_learn_battery: Annotated[
-        bool | None, typer.Option("--auto-learn-battery", help="Also on battery.")
-    ] = None,
+    auto_learn_battery: Annotated[bool | None, typer.Option(help="Also while unplugged.")] = None,
     log_level: Annotated[Text, typer.Option(help="debug, info, warning, error or critical.")] = None,
     log_format: Annotated[Text, typer.Option(help="text or json.")] = None,
 ) -> None:

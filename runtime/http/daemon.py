@@ -124,19 +124,13 @@ class Daemon:
             self.journal = JournalThread(folder / "journal.db", limit=options.journal_limit)
             self._files = FileStore(folder / "files", limit=options.files_limit)
             if options.adapters_folder is not None:
+                registry, jobs = Registry(options.adapters_folder), JobStore(folder / "jobs")
                 self.learning = DaemonLearning(
-                    pool,
-                    jobs=JobStore(folder / "jobs"),
-                    files=self._files,
-                    registry=Registry(options.adapters_folder),
-                    journal=self.journal,
-                    limits=options.gate,
-                    initiative=options.initiative,
+                    pool, jobs, self._files, registry, self.journal, options.gate, options.initiative
                 )
-        hosts = (options.host, *options.allowed_hosts)
         self._tls = server_context(options.tls_cert, options.tls_key)
         self._guard = Guard(
-            hosts=hosts,
+            hosts=(options.host, *options.allowed_hosts),
             origins=options.allowed_origins,
             api_key=options.api_key,
             keys=None if options.keys_file is None else KeyStore(options.keys_file),

@@ -23,7 +23,6 @@ class DaemonLearning:
     def __init__(
         self,
         pool: ModelPool,
-        *,
         jobs: JobStore,
         files: FileStore,
         registry: Registry,
