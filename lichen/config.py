@@ -29,7 +29,13 @@ from lichen.errors import ConfigError
 
 ENV_PREFIX = "LICHEN_"
 FILE_VARIABLE = "LICHEN_CONFIG"
-FOREIGN_PREFIXES = ("LICHEN_TEST_", "LICHEN_BENCH_", "LICHEN_DATA", "LICHEN_FLEET_")  # of tests, a passphrase
+FOREIGN_PREFIXES = (
+    "LICHEN_TEST_",
+    "LICHEN_BENCH_",
+    "LICHEN_DATA",
+    "LICHEN_FLEET_PASSPHRASE",
+    "LICHEN_FLEET_READER",
+)  # of tests and benchmarks, and secrets
 FILE_LIMIT = 1 << 20  # bytes
 HIDDEN = "(set, hidden)"
 _BOOLEANS = {
@@ -437,6 +443,36 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     auto_learn_battery: Annotated[
         bool, _about("Learn by itself also while the machine runs on its battery.")
     ] = False
+    fleet_updates: Annotated[
+        bool,
+        _about("Let a daemon on a machine of a fleet take the fleet's updates on its own."),
+    ] = True
+    fleet_every: Annotated[
+        Annotated[float, Meta(ge=1, le=2_592_000)],
+        _about("Seconds between two looks for updates of the fleet.", metavar="SECONDS"),
+    ] = 3600.0
+    fleet_window: Annotated[
+        Annotated[str, Meta(pattern=r"\A([0-2]\d:[0-5]\d-[0-2]\d:[0-5]\d)?\Z")],
+        _about(
+            "Hours of local time in which updates are fetched and put into use, such as 22:00-06:00; "
+            "empty for all day.",
+            metavar="HOURS",
+            allowed="hours such as 22:00-06:00, or nothing",
+        ),
+    ] = ""
+    fleet_rate: Annotated[
+        Annotated[int, Meta(ge=0, le=1 << 50)],
+        _about(
+            "Most bytes a second for updates; 0 is no limit.",
+            metavar="BYTES",
+            allowed="a number of bytes, such as 500000 or '500 kB'; 0 for no limit",
+            bytes=True,
+        ),
+    ] = 0
+    fleet_metered: Annotated[
+        bool, _about("Fetch updates also over a connection that the system calls metered.")
+    ] = False
+    fleet_battery: Annotated[bool, _about("Fetch and try updates also while on battery.")] = False
     offline: Annotated[bool, _about("Never use the network to fetch a model.")] = False
     log_level: Annotated[
         LogLevel, _about("Least severe log lines to show, on standard error.", metavar="LEVEL")

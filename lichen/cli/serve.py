@@ -131,6 +131,7 @@ def run_daemon(effective: Effective) -> None:
     progress = LoadProgress()
     Thread(target=_load, args=(config, planned, loading, progress), name="lichen-load", daemon=True).start()
 
+    from lichen.cli.fleet_daemon import updating
     from lichen.runtime.http.daemon import serve
     from lichen.runtime.pool import ModelPool, PoolOptions
     from lichen.shelf import StoreShelf
@@ -148,7 +149,7 @@ def run_daemon(effective: Effective) -> None:
         pool = ModelPool(shelf, pool_options)
         store = Store(config.home / "store", offline=config.offline)
         first = pool.start(asyncio.wrap_future(loading), progress)
-        async with _upkeep(planned, shelf, pool, first, say):
+        async with _upkeep(planned, shelf, pool, first, say), updating(config, pool):
             await serve(_daemon_options(config), pool, first, store=store, on_event=say)
 
     try:
