@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 EMPTY = "There are no adapters yet; docs/guides/adapters.md says where they come from."
 SHOWN = 12  # digits of a digest
+BAR = 32  # letters of the longest bar
 
 adapters = typer.Typer(
     help="Versions of adapters, and which of them serves.", no_args_is_help=True, rich_markup_mode=None
@@ -106,6 +107,34 @@ def show(context: typer.Context, name: Name, as_json: AsJson = False) -> None:
     for version in versions:
         for when, what, values in _facts(version, notes[version.digest]):
             typer.echo(f"{_short(version.digest)}  {when}  {what}: {values}")
+        for note in notes[version.digest]:
+            if note.kind == "gate" and "decision" in note.values:
+                typer.echo("\n".join(gate_picture(note.values)))
+
+
+def gate_picture(verdict: dict[str, Any]) -> list[str]:
+    """What a gate (`gate.Verdict`) measured before and after, a bar each, and what stood in the way."""
+    (judged,) = verdict["candidates"]
+    before, after = verdict["before"], judged["numbers"]
+    rows = [
+        ("loss on the lesson", before["loss"], after["loss"]),
+        ("exact answers of it", before["exact"], after["exact"]),
+        ("loss on general answers", before["general"], after["general"]),
+        *(
+            (f"loss on {name}", loss, after["earlier"][name][0])
+            for name, (loss, _) in before["earlier"].items()
+        ),
+    ]
+    lines = []
+    for what, old, new in rows:
+        largest = max(old or 0.0, new or 0.0) or 1.0
+        for when, value in (("before", old), ("after", new)):
+            if value is not None:
+                label = what if when == "before" else ""
+                lines.append(
+                    f"  {label:24} {when:6} {value:8.3f} {'█' * round(BAR * value / largest)}".rstrip()
+                )
+    return lines + [f"  {fault}" for fault in judged["faults"]]
 
 
 def _facts(version: Version, notes: list[Any]) -> list[tuple[str, str, str]]:

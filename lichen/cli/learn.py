@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lichen.adapters.launch import Training
     from lichen.adapters.lessons import Report
     from lichen.adapters.task import Examples
+    from lichen.adapters.versions import Version
     from lichen.config import Config
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -45,6 +46,9 @@ def learn(
     seed: Annotated[
         int, typer.Option(min=0, help="Decides the order of the lessons and the first numbers.")
     ] = 0,
+    promote: Annotated[
+        bool, typer.Option(help="Let the adapter serve if the gate finds it better; see `lichen adapters`.")
+    ] = True,
 ) -> None:
     """Train an adapter. Ctrl-C keeps what is done; the same command then goes on."""
     from lichen.adapters.launch import Training, prepare
@@ -74,13 +78,14 @@ def learn(
         threads=model_options(config).threads,
         memory=_memory(),
     )
-    prepare(folder, task, _examples(file, path, length))
+    examples = _examples(file, path, length)
+    prepare(folder, task, examples)
     events = _follow(Training(folder))
     if events is None:
         typer.echo("Stopped; the same command goes on from the last step.", err=True)
         raise typer.Exit(130)
     _result(events)
-    _register(config, name, path, Path(events[1].folder))
+    _settle(config, _registered(config, name, path, Path(events[1].folder)), path, examples, promote=promote)
 
 
 def require_torch() -> None:
@@ -227,8 +232,8 @@ def _result(events: tuple[list[Measured], Finished]) -> None:
     typer.echo(f"{finished.seconds:.0f} s, at most {megabytes(finished.memory)} of memory.")
 
 
-def _register(config: Config, name: str, model: Path, place: Path) -> None:
-    """Put what was trained into the registry, where it waits for its promotion."""
+def _registered(config: Config, name: str, model: Path, place: Path) -> Version:
+    """Put what was trained into the registry."""
     import shutil
 
     from lichen.adapters.lineage import ADAPTER, lineage_of
@@ -239,8 +244,44 @@ def _register(config: Config, name: str, model: Path, place: Path) -> None:
     version = registry.add(name, place / ADAPTER, lineage, model=model)
     shutil.rmtree(place, ignore_errors=True)  # the registry has it
     typer.echo(f"{name} has the version {version.digest[:12]} now.", err=True)
-    typer.echo(f"Let it serve: lichen adapters promote {name} {version.digest[:12]}", err=True)
     typer.echo(str(registry.place(name, version.digest).parent))
+    return version
+
+
+def _settle(config: Config, version: Version, model: Path, examples: Examples, *, promote: bool) -> None:
+    """Let the gate decide, and say what it found."""
+    from lichen.adapters.gate import Limits
+    from lichen.adapters.registry import Registry
+    from lichen.api import model_options
+    from lichen.cli.texts import Stages
+    from lichen.errors import GateError
+    from lichen.runtime.gating import settle
+
+    registry = Registry(config.home / "adapters", limit=config.adapters_limit)
+    by_hand = f"Let it serve all the same: lichen adapters promote {version.name} {version.digest[:12]}"
+    try:
+        with Stages() as stages:
+            verdict = settle(
+                registry,
+                version,
+                model,
+                examples,
+                Limits(gain=config.gate_gain, general=config.gate_general, earlier=config.gate_earlier),
+                threads=model_options(config).threads,
+                progress=stages,
+                promote=promote,
+            )
+    except GateError as error:
+        typer.echo(f"It does not serve: {error}", err=True)
+        typer.echo(by_hand, err=True)
+        return
+    (judged,) = verdict.candidates
+    for fault in judged.faults:
+        typer.echo(f"It does not serve: {fault}", err=True)
+    if judged.faults or not promote:
+        typer.echo(by_hand, err=True)
+    else:
+        typer.echo(f"It serves now as {config.model}:{version.name}.", err=True)
 
 
 def _number(value: float | None) -> str:
