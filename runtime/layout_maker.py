@@ -37,7 +37,7 @@ from lichen.runtime.measuring import PREFIX
 from lichen.runtime.scoring import NativeScorer
 from lichen.sync.store import ModelManifest, Store
 
-TEXTS, LENGTH = 3, 64  # stretches that the model writes itself, and tokens of each
+TEXTS, LENGTH = 4, 64  # stretches that the model writes itself, and tokens of each
 REPORT_S = 0.5
 
 Tell = Callable[[LayoutProgress | LayoutRecord], None]

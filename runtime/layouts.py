@@ -28,8 +28,9 @@ FOLDER = "layouts"  # of records, below lichen's home
 SOURCE = "source"  # the layout of the file as it is
 
 # Mean KL to expect of a layout before it is made, in nats a token: measured on layouts that were made from a
-# Q4_1 file (docs/log.md). Types with fewer bits lose much and are only made where somebody asks for them.
-EXPECTED_KL = {"q8_0": 2e-3, "f16": 1e-5}
+# Q4_1 file (docs/log.md). It is not the weights, which stay, but the activations, which each type's kernel
+# rounds in its own way. Types with fewer bits lose much and are only made where somebody asks for them.
+EXPECTED_KL = {"q8_0": 6.5e-3, "f16": 4e-3}
 
 _MAIN_SHARE = 0.5  # of the bytes of all matrices: what a file is mostly stored as
 

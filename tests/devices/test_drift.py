@@ -75,6 +75,7 @@ def test_noise_changes_nothing_and_a_lasting_gain_does() -> None:
     assert not any(decided.ready(OTHER if now % 2 else PLAN, 2.0, 1.0, now) for now in range(10)), (
         "each time another"
     )
+    assert not decided.ready(PLAN, 2.0, 1.0, 19)
     assert [decided.ready(OTHER, 2.0, 1.0, now) for now in (20, 21)] == [False, False]
     assert not decided.ready(OTHER, 1.0, 1.0, 22), "a window without gain begins the count anew"
     assert [decided.ready(OTHER, math.inf, 1.0, now) for now in (23, 24, 25)] == [False, False, True]
