@@ -6,9 +6,10 @@ After a resumption the steps since the last checkpoint come a second time; the l
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import msgspec
 
@@ -96,20 +97,55 @@ class EventLog:
             os.write(self._handle, b"\n")
 
     def __call__(self, event: Event) -> None:
-        """Tell it."""
-        os.write(self._handle, msgspec.json.encode(event) + b"\n")
+        """Tell it, and when it happened: `at`, in seconds since 1970."""
+        line = {**msgspec.to_builtins(event), "at": time.time()}
+        os.write(self._handle, msgspec.json.encode(line) + b"\n")
 
     def close(self) -> None:
         """Nothing more comes from here."""
         os.close(self._handle)
 
 
+class Told(NamedTuple):
+    """line: its number in the file, from 0, which never changes; at: seconds since 1970."""
+
+    line: int
+    at: float
+    event: Event
+
+
+def told(path: Path) -> list[Told]:
+    """Everything that a trainer has told so far, and when; lines that are none are left out.
+
+    Steps that were taken again after a resumption stand there once, as they were in the end.
+    """
+    if not path.exists():
+        return []
+    found: list[Told] = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")):
+        try:
+            event, stamp = msgspec.json.decode(line, type=Event), msgspec.json.decode(line, type=_Stamp)
+        except msgspec.MsgspecError:
+            continue
+        if isinstance(event, Started):
+            found = [
+                one for one in found if not (isinstance(one.event, Stepped) and one.event.step > event.step)
+            ]
+        found.append(Told(number, stamp.at, event))
+    return found
+
+
+class _Stamp(msgspec.Struct):
+    at: float = 0.0
+
+
 class EventReader:
     """Reads what comes behind a position; a line that is not whole yet waits."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, whole: bool = False) -> None:
+        """whole: from the beginning of the file, not from its end."""
         self._path = path
-        self._position = path.stat().st_size if path.exists() else 0
+        self._position = path.stat().st_size if path.exists() and not whole else 0
         self._decoder = msgspec.json.Decoder(Event)
 
     def new(self) -> Iterator[Event]:

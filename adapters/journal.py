@@ -195,6 +195,16 @@ class Journal:
             total, rated = self._run("SELECT count(*), count(rated) FROM records").fetchone()
         return total, rated
 
+    def lessons_since(self, moment: float) -> int:
+        """How many chats were corrected or liked after a time in seconds since 1970."""
+        with translated(self.path):
+            (count,) = self._run(
+                "SELECT count(*) FROM records WHERE rated > ? AND kind = 'chat' "
+                "AND (rating = 1 OR correction IS NOT NULL)",
+                (moment,),
+            ).fetchone()
+        return int(count)
+
     # Forgetting
 
     def forget(self, names: Sequence[str], owner: str | None = None) -> Forgotten:

@@ -22,6 +22,8 @@ CHECKPOINT, RECALL, LOCK, OUTPUT = "checkpoint.pt", "recall.pt", "lock", "traine
 STOPPED = 3  # exit code of a training that was asked to end and can go on
 POLL_S = 0.1
 DISTIL = "lichen.adapters.distil"
+GRACE_S = 60.0  # that a trainer gets to finish its step and keep a checkpoint
+PROGRAM = "lichen.adapters.trainer"
 
 
 def prepare(folder: Path, task: Task | DistilTask, examples: Examples | None = None) -> None:
@@ -45,28 +47,45 @@ def prepare(folder: Path, task: Task | DistilTask, examples: Examples | None = N
         raise TrainingError(f"The folder {folder} cannot be written: {error.strerror}.") from error
 
 
+def at_work(folder: Path) -> bool:
+    """Whether a trainer holds the folder, such as one whose daemon died while it takes its last step."""
+    try:
+        with filelock.FileLock(folder / LOCK, timeout=0):
+            return False
+    except filelock.Timeout:
+        return True
+    except OSError:  # no folder yet, or none that can be written, which whoever writes into it will say
+        return False
+
+
 class Training:
     """A running trainer. Iterate for its events; `stop` asks it to keep a checkpoint and end."""
 
-    def __init__(self, folder: Path, module: str = "lichen.adapters.trainer") -> None:
-        """Start it in a prepared folder: LoRA's trainer, or DISTIL. It is in a session of its own, so that
-        Ctrl-C does not reach it."""
+    def __init__(self, folder: Path, module: str | None = None) -> None:
+        """Start it in a prepared folder: PROGRAM, or DISTIL. It is in a session of its own, so that Ctrl-C
+        does not reach it. Raises TrainingError when the system refuses.
+        """
         self.folder = folder
-        self._reader = EventReader(folder / EVENTS)
         self._last: Failed | Finished | Stopped | None = None
-        self._asked = False
-        with (folder / OUTPUT).open("wb") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", module, str(folder)],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-            )
+        self._deadline: float | None = None
+        try:
+            self._reader = EventReader(folder / EVENTS)
+            with (folder / OUTPUT).open("wb") as output:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-m", module or PROGRAM, str(folder)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                )
+        except OSError as error:
+            raise TrainingError(f"The trainer cannot be started: {error.strerror or error}.") from error
 
     def __iter__(self) -> Iterator[Event]:
         """Events until it has ended. Blocks. Raises TrainingError when it failed or was killed."""
         while True:
+            if self._deadline is not None and time.monotonic() > self._deadline:
+                self.process.kill()  # it goes on from its last checkpoint
             ended = self.process.poll() is not None
             for event in self._reader.new():
                 if isinstance(event, Failed | Finished | Stopped):
@@ -77,7 +96,7 @@ class Training:
             time.sleep(POLL_S)
         if isinstance(self._last, Failed):
             raise TrainingError(self._last.error)
-        if self._last is None:
+        if self._last is None and not (self._deadline is not None and self.process.returncode < 0):
             raise TrainingError(
                 f"The trainer ended unexpectedly ({self._end()}).",
                 hint=f"Its output is in {self.folder / OUTPUT}.",
@@ -87,8 +106,11 @@ class Training:
         code = self.process.returncode
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
-    def stop(self) -> None:
-        """Ask it to end after the step that runs; once, since a dying interpreter has no handlers left."""
-        if not self._asked and self.process.poll() is None:
-            self._asked = True
+    def stop(self, grace: float = GRACE_S) -> None:
+        """Ask it to end after the step that runs; whoever iterates kills it after `grace` seconds."""
+        deadline = time.monotonic() + grace
+        if self._deadline is not None:
+            self._deadline = min(self._deadline, deadline)
+        elif self.process.poll() is None:  # once, since a dying interpreter has no handlers left
+            self._deadline = deadline
             self.process.send_signal(signal.SIGTERM)

@@ -5,7 +5,7 @@ Logits are made at the tokens before an answer's alone, a part at a time (`model
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -126,10 +126,13 @@ class Score:
     exact: float
 
 
-def measure(rows: Rows, numbers: Sequence[int], tokens: int) -> Score:
-    """How well the answers of some sequences are known; tokens: at once."""
+def measure(
+    rows: Rows, numbers: Sequence[int], tokens: int, breathe: Callable[[], None] = lambda: None
+) -> Score:
+    """How well the answers of some sequences are known; tokens: at once; breathe: called between parts."""
     losses, right, count = 0.0, 0, 0
     for part in rows.parts(numbers, tokens):
+        breathe()
         with torch.no_grad():
             hidden, where = rows.run(part)
         found, hits = token_losses(rows.model, hidden, where)

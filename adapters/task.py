@@ -81,10 +81,11 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     lessons: sha256 of the file of lessons. parent: file of an adapter that this one adds to, or none.
     epochs: passes over the examples, fewer where `minutes` does not allow them. batch: examples a step.
     tokens: most that go through the model at once. rate: highest learning rate; 0 for the default of the
-    objective. beta: how far a preference may lead away from the model as it was. memory: bytes that the
-    process may allocate, 0 for no limit. cache: bytes of disk for activations. checkpoint: seconds between
-    two, 0 for one after each step. measurements: how often it is measured on the way. prune:
-    share by which taking out what does not pay may raise a loss; 0 takes out nothing.
+    objective, which `multiplier` raises or lowers. beta: how far a preference may lead away from the model as
+    it was. memory: bytes that the process may allocate, 0 for no limit. cache: bytes of disk for activations.
+    checkpoint: seconds between two, 0 for one after each step. measurements: how often it is measured on the
+    way. prune: share by which taking out what does not pay may raise a loss; 0 takes out nothing. nice: how
+    far the process steps back for others, 19 for as far as the system knows.
     """
 
     name: str
@@ -100,6 +101,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     batch: Annotated[int, Meta(ge=1, le=4096)] = 8
     tokens: Annotated[int, Meta(ge=1, le=1 << 20)] = 1024
     rate: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    multiplier: Annotated[float, Meta(gt=0, le=100)] = 1.0
     beta: Annotated[float, Meta(gt=0, le=100)] = 0.1
     seed: Annotated[int, Meta(ge=0, le=(1 << 53) - 1)] = 0
     threads: Annotated[int, Meta(ge=1, le=512)] = 1
@@ -108,14 +110,15 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     measurements: Annotated[int, Meta(ge=0, le=1000)] = 0
     cache: Annotated[int, Meta(ge=0)] = 2_000_000_000
     checkpoint: Annotated[float, Meta(ge=0)] = 20.0
+    nice: Annotated[int, Meta(ge=0, le=19)] = 19
 
     def identity(self, examples: bytes) -> str:
         """Hex digest of all that decides the result; a checkpoint of another one is not continued.
 
-        How often a checkpoint is written and how much memory there is do not belong to it; the cache does,
+        How often a checkpoint is written, memory and priority do not belong to it; the cache does,
         since an example that does not fit is computed alone, which rounds differently.
         """
-        decisive = msgspec.structs.replace(self, output="", memory=0, checkpoint=0.0)
+        decisive = msgspec.structs.replace(self, output="", memory=0, checkpoint=0.0, nice=0)
         digest = hashlib.sha256(msgspec.json.encode(decisive, order="deterministic"))
         digest.update(hashlib.sha256(examples).digest())
         return digest.hexdigest()

@@ -8,7 +8,7 @@ Not covered: when to train, and whether the result is good enough to be served.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -71,7 +71,8 @@ class Trainer:
         self.first = attach(model, task.lora, task.seed)
         if task.parent:
             settle_adapter(model, Path(task.parent))
-        self.rate = task.rate or RATES[task.objective]
+        self.rate = task.rate or RATES[task.objective] * task.multiplier
+        self.breathe: Callable[[], None] = lambda: None  # called between the parts of a step or measurement
         self.step = 0
         train = _sides(examples.train) if task.objective == "preference" else examples.train
         spread = _spread(examples.held_out, MEASURED)
@@ -207,6 +208,7 @@ class Trainer:
             return self._preference_gradients(chosen)
         loss, total = 0.0, self._train.answer_tokens(chosen)
         for part in self._train.parts(chosen, self.task.tokens):
+            self.breathe()
             share = objectives.supervised(self._train, part, total)
             torch.autograd.backward(share)
             loss += float(share.detach())
@@ -219,6 +221,7 @@ class Trainer:
         for pair in chosen:
             tokens += self._train.lengths[2 * pair] + self._train.lengths[2 * pair + 1]
         for pairs in _pairs(chosen, self._train.lengths, self.task.tokens):
+            self.breathe()
             share = objectives.preference(self._train, pairs, len(chosen), self.task.beta, self._reference)
             torch.autograd.backward(share)
             loss += float(share.detach())
@@ -227,7 +230,7 @@ class Trainer:
     def _score(self, rows: Rows | None) -> Score | None:
         if rows is None:
             return None
-        return objectives.measure(rows, range(len(rows.lengths)), self.task.tokens)
+        return objectives.measure(rows, range(len(rows.lengths)), self.task.tokens, self.breathe)
 
 
 def _parted(recalled: Sequence[Recalled], all_kept: bool) -> tuple[list[Recalled], list[Recalled]]:

@@ -1,9 +1,10 @@
 """The trainer's process: `python -m lichen.adapters.trainer FOLDER`, started by `launch.py`.
 
 The folder holds task.json and examples.json; it gets events.jsonl and checkpoint.pt, and is held by a lock
-while the process runs. The process has the lowest priority. SIGTERM and SIGINT, or the end of the process
-that started it, end it after the step that runs, with a checkpoint; after `kill -9` it goes on from the
-last one. Exit codes: 0 finished, 3 stopped, 1 failed; an event says more.
+while the process runs. The process has the lowest priority, and waits between the parts of a step
+while requests run (`courtesy.py`). SIGTERM and SIGINT, or the end of the process that started it, end it
+after the step that runs, with a checkpoint, and a measurement at once; after `kill -9` it goes on from the
+last checkpoint. Exit codes: 0 finished, 3 stopped, 1 failed; an event says more.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import torch
 
 import lichen
 from lichen.adapters import checkpoint
+from lichen.adapters.courtesy import Courtesy
 from lichen.adapters.events import EventLog, Failed, Finished, Measured, Saved, Started, Stepped, Stopped
 from lichen.adapters.launch import CHECKPOINT, EVENTS, EXAMPLES, LOCK, RECALL, STOPPED, TASK
 from lichen.adapters.lora_file import write_adapter
@@ -39,6 +41,12 @@ from lichen.errors import LichenError, TrainingError
 from lichen.models.decoder import Decoder
 from lichen.models.load import load_model
 
+BUSY_LOOK_S = 0.02
+
+
+class _Ended(Exception):
+    """It was asked to stop while it took no step."""
+
 
 class Run:
     """One process's part of a training. Signals only set `stopping`."""
@@ -46,11 +54,14 @@ class Run:
     def __init__(self, folder: Path, tell: EventLog) -> None:
         self.folder, self.tell = folder, tell
         self.stopping = False
+        self._step = 0  # of the last checkpoint
         self._parent = os.getppid()
+        self._courtesy = Courtesy(folder)
         examples = (folder / EXAMPLES).read_bytes()
         self.task = msgspec.json.decode((folder / TASK).read_bytes(), type=Task)
         self.identity = self.task.identity(examples)
         self._examples = msgspec.json.decode(examples, type=Examples)
+        step_back(self.task.nice)
 
     def stop(self, _signal: int, _frame: FrameType | None) -> None:
         """End after this step."""
@@ -58,6 +69,13 @@ class Run:
 
     def __call__(self) -> int:
         """Train to the end or until stopped; the exit code."""
+        try:
+            return self._run()
+        except _Ended:
+            self.tell(Stopped(self._step))
+            return STOPPED
+
+    def _run(self) -> int:
         started = time.monotonic()
         torch.set_num_threads(self.task.threads)
         model = load_model(Path(self.task.model))
@@ -66,6 +84,7 @@ class Run:
             self.tell(Stopped(0))
             return STOPPED
         trainer = Trainer(model, self.task, self._examples, self.folder, recalled)
+        trainer.breathe = self._breathe_or_end
         limit_memory(self.task.memory)
         path = self.folder / CHECKPOINT
         state = checkpoint.load(path, self.identity)
@@ -76,12 +95,12 @@ class Run:
             self._save(trainer)
         else:
             trainer.restore(state)
+            self._step = trainer.step
             self.before = msgspec.convert(state["before"], Measured)
         self.tell(self.before)
         self.tell(Started(trainer.step, trainer.steps, trainer.parameters, trainer.rate))
         if not self._steps(trainer):
-            self.tell(Stopped(trainer.step))
-            return STOPPED
+            raise _Ended
         pruned = trainer.prune() if self.task.prune else None
         after = trainer.measure("after")
         self.tell(after)
@@ -123,6 +142,7 @@ class Run:
         """All steps that are left; False where it was stopped before."""
         saved = begun = time.monotonic()
         done = 0
+        trainer.breathe = self._breathe  # a step that has begun is finished
         while trainer.step < trainer.steps and not self._ending():
             started = time.monotonic()
             step = trainer.advance()
@@ -138,6 +158,7 @@ class Run:
                 self._save(trainer)
                 saved = now
         self._save(trainer)
+        trainer.breathe = self._breathe_or_end
         return trainer.step == trainer.steps
 
     def _measures_at(self, trainer: Trainer) -> bool:
@@ -146,6 +167,17 @@ class Run:
         done, before = (step * parts // trainer.steps for step in (trainer.step, trainer.step - 1))
         return done > before and trainer.step < trainer.steps
 
+    def _breathe(self) -> None:
+        """Wait while the machine is needed for requests."""
+        while self._courtesy.busy and not self._ending():
+            time.sleep(BUSY_LOOK_S)
+
+    def _breathe_or_end(self) -> None:
+        """The same while there is no step to lose. Raises _Ended."""
+        self._breathe()
+        if self._ending():
+            raise _Ended
+
     def _ending(self) -> bool:
         """Whether it was asked to stop, or whoever started it is gone."""
         return self.stopping or os.getppid() != self._parent
@@ -153,6 +185,7 @@ class Run:
     def _save(self, trainer: Trainer) -> None:
         state = {**trainer.state(), "identity": self.identity, "before": msgspec.to_builtins(self.before)}
         checkpoint.save(self.folder / CHECKPOINT, state)
+        self._step = trainer.step
         self.tell(Saved(trainer.step))
 
     def _publish(self, trainer: Trainer, after: Measured, pruned: Pruned | None) -> Path:
@@ -199,6 +232,18 @@ def limit_memory(count: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (used + count, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
+def step_back(nice: int) -> None:
+    """Take a lower priority, as far as the system allows it.
+
+    Where Linux groups processes by session (sched(7), autogroup), `nice` counts only within a session, and
+    the trainer has one of its own: its group must be nice as well.
+    """
+    with contextlib.suppress(OSError):  # a sandbox may forbid it
+        os.nice(nice)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/autogroup").write_text(str(nice), encoding="ascii")
+
+
 def _words(error: BaseException) -> str:
     if isinstance(error, LichenError):
         return str(error)
@@ -220,9 +265,7 @@ class Job(Protocol):
 
 
 def run_in(folder: Path, make: Callable[[Path, EventLog], Job]) -> int:
-    """Do a job in a folder at the lowest priority, alone and until a signal; the exit code."""
-    with contextlib.suppress(OSError):  # a sandbox may forbid it
-        os.nice(19)
+    """Do a job in a folder, alone and until a signal; the exit code."""
     tell = EventLog(folder / EVENTS)
     try:
         with filelock.FileLock(folder / LOCK, timeout=0):

@@ -27,12 +27,17 @@ OUTPUTS = (
 
 def certificate(model: Path) -> dict[str, Any]:
     """Taken before the run; `close_certificate` adds what is known after it."""
+    model_born = {"file": model.name, "sha256": _sha256(model), "size": model.stat().st_size}
+    return machine_certificate() | {"model": model_born}
+
+
+def machine_certificate() -> dict[str, Any]:
+    """A certificate of a run without a model."""
     machine = probe()
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--", ".", *OUTPUTS)),
-        "model": {"file": model.name, "sha256": _sha256(model), "size": model.stat().st_size},
         "machine": {
             "cpu": machine.cpu,
             "isa": machine.isa,

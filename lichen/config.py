@@ -29,7 +29,13 @@ from lichen.errors import ConfigError
 
 ENV_PREFIX = "LICHEN_"
 FILE_VARIABLE = "LICHEN_CONFIG"
-FOREIGN_PREFIXES = ("LICHEN_TEST_", "LICHEN_BENCH_", "LICHEN_DATA", "LICHEN_FLEET_")  # of tests, a passphrase
+FOREIGN_PREFIXES = (
+    "LICHEN_TEST_",
+    "LICHEN_BENCH_",
+    "LICHEN_DATA",
+    "LICHEN_FLEET_PASSPHRASE",
+    "LICHEN_FLEET_READER",
+)  # of tests and benchmarks, and secrets
 FILE_LIMIT = 1 << 20  # bytes
 HIDDEN = "(set, hidden)"
 _BOOLEANS = {
@@ -72,6 +78,7 @@ Line = Annotated[str, Meta(pattern=r"\A[^\x00-\x1f\x7f]+\Z", max_length=4096)]
 HostName = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9._:%-]+\Z", max_length=255)]
 Key = Annotated[str, Meta(pattern=r"\A[\x21-\x7e]+\Z", max_length=4096)]
 Words = tuple[Key, ...]
+Hours = Annotated[str, Meta(pattern=r"\A([01][0-9]|2[0-3]):[0-5][0-9]-([01][0-9]|2[0-3]):[0-5][0-9]\Z")]
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
@@ -385,6 +392,87 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         Annotated[float, Meta(ge=0, le=10)],
         _about("Share that a new adapter may lose of each earlier lesson.", metavar="SHARE"),
     ] = 0.02
+    auto_learn: Annotated[
+        bool,
+        _about(
+            "Learn by itself from what was corrected or liked, whoever said it, into the adapter 'feedback', "
+            "which everybody who uses this daemon may then ask for.",
+        ),
+    ] = False
+    auto_learn_after: Annotated[
+        Annotated[int, Meta(ge=1, le=1_000_000)],
+        _about("New corrections and liked answers before it learns by itself.", metavar="LESSONS"),
+    ] = 20
+    auto_learn_idle: Annotated[
+        Annotated[float, Meta(ge=0, le=10_000)],
+        _about("Minutes without a request before it learns by itself.", metavar="MINUTES"),
+    ] = 10.0
+    auto_learn_minutes: Annotated[
+        Annotated[float, Meta(ge=0.01, le=10_000)],
+        _about("About how long one learning by itself may train.", metavar="MINUTES"),
+    ] = 30.0
+    auto_learn_memory: Annotated[
+        Annotated[int, Meta(ge=1_000_000, le=1 << 50)],
+        _about(
+            "Memory that must be free before it learns by itself, and that it may then take.",
+            metavar="BYTES",
+            allowed="a number of bytes from 1 MB to 1024 TiB, such as 500000000 or '2 GB'",
+            default="2 GB",
+            bytes=True,
+        ),
+    ] = 2_000_000_000
+    auto_learn_disk: Annotated[
+        Annotated[int, Meta(ge=1_000_000, le=1 << 50)],
+        _about(
+            "Disk space that must be free before it learns by itself, and that it may then take.",
+            metavar="BYTES",
+            allowed="a number of bytes from 1 MB to 1024 TiB, such as 500000000 or '2 GB'",
+            default="2 GB",
+            bytes=True,
+        ),
+    ] = 2_000_000_000
+    auto_learn_hours: Annotated[
+        Hours | None,
+        _about(
+            "Hours of the day, in local time, in which it may begin to learn by itself, such as 22:00-06:30; "
+            "none for always.",
+            metavar="HH:MM-HH:MM",
+            allowed="two times of day, such as 22:00-06:30",
+        ),
+    ] = None
+    auto_learn_battery: Annotated[
+        bool, _about("Learn by itself also while the machine runs on its battery.")
+    ] = False
+    fleet_updates: Annotated[
+        bool,
+        _about("Let a daemon on a machine of a fleet take the fleet's updates on its own."),
+    ] = True
+    fleet_every: Annotated[
+        Annotated[float, Meta(ge=1, le=2_592_000)],
+        _about("Seconds between two looks for updates of the fleet.", metavar="SECONDS"),
+    ] = 3600.0
+    fleet_window: Annotated[
+        Annotated[str, Meta(pattern=r"\A([0-2]\d:[0-5]\d-[0-2]\d:[0-5]\d)?\Z")],
+        _about(
+            "Hours of local time in which updates are fetched and put into use, such as 22:00-06:00; "
+            "empty for all day.",
+            metavar="HOURS",
+            allowed="hours such as 22:00-06:00, or nothing",
+        ),
+    ] = ""
+    fleet_rate: Annotated[
+        Annotated[int, Meta(ge=0, le=1 << 50)],
+        _about(
+            "Most bytes a second for updates; 0 is no limit.",
+            metavar="BYTES",
+            allowed="a number of bytes, such as 500000 or '500 kB'; 0 for no limit",
+            bytes=True,
+        ),
+    ] = 0
+    fleet_metered: Annotated[
+        bool, _about("Fetch updates also over a connection that the system calls metered.")
+    ] = False
+    fleet_battery: Annotated[bool, _about("Fetch and try updates also while on battery.")] = False
     offline: Annotated[bool, _about("Never use the network to fetch a model.")] = False
     log_level: Annotated[
         LogLevel, _about("Least severe log lines to show, on standard error.", metavar="LEVEL")

@@ -106,6 +106,9 @@ METRICS = (
     _counter("lichen_feedback_total", "Feedback that was taken, by rating: up, down, none.", "rating"),
     _counter("lichen_answers_kept_total", "Answers for the journal, by outcome: kept, failed.", "outcome"),
     Metric("lichen_journal_bytes", "gauge", "Bytes of the journal on disk.", ()),
+    _gauge("lichen_jobs", "Jobs of learning, by status.", "status"),
+    Metric("lichen_training_tokens_per_second", "gauge", "Speed of the training that runs.", ()),
+    Metric("lichen_training_loss", "gauge", "Loss of its last step in nats a token.", ()),
     _counter("lichen_errors_total", "Error answers over HTTP, by their code.", "code"),
     Metric("lichen_resident_bytes", "gauge", "Memory of this process that is in RAM.", ()),
     _gauge("lichen_build_info", "Always 1; the labels say what runs.", "version", "llama_cpp"),
@@ -201,13 +204,15 @@ Series = Iterator[tuple[str, tuple[str, ...], Value]]  # name, values of its lab
 
 
 class ProcessFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """What is read for the whole process at a scrape: its bytes in RAM and in the journal, and which
-    versions run."""
+    """What is read for the whole process at a scrape: its bytes in RAM and in the journal, which versions
+    run, jobs by status, and of the training that runs tokens a second and loss."""
 
     resident: int
     version: str
     llama_cpp: str
     journal: int = 0
+    jobs: dict[str, int] = {}
+    training: tuple[float, float] | None = None
 
 
 def render(models: Iterable[ServedModel], process: ProcessMetrics, facts: ProcessFacts) -> str:
@@ -279,6 +284,11 @@ def _of_process(process: ProcessMetrics, facts: ProcessFacts) -> Series:
         yield from ((name, (label,), count) for label, count in tally.items())
     yield "lichen_resident_bytes", (), facts.resident
     yield "lichen_journal_bytes", (), facts.journal
+    yield from (("lichen_jobs", (status,), count) for status, count in facts.jobs.items())
+    if facts.training is not None:
+        speed, loss = facts.training
+        yield "lichen_training_tokens_per_second", (), speed
+        yield "lichen_training_loss", (), loss
     yield "lichen_build_info", (facts.version, facts.llama_cpp), 1
 
 

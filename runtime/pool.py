@@ -103,6 +103,49 @@ class ModelPool(Residency):
                     f"{resident.candidate.name} is still answering.", hint="Unload it in a moment."
                 )
 
+    async def renew(self, name: str | None = None) -> bool:
+        """Let a name, if it is loaded, mean what the shelf has under it now; whether it means another model.
+
+        The new model is loaded beside the old one, then the name moves, and the old one goes once it has
+        answered: no request is dropped or waits. Where both do not fit, the old one goes first, and the
+        next request waits for the new one. Raises what the shelf and loading raise; the name then stays.
+        """
+        name = name or DEFAULT
+        old = self._names.get(name)
+        if old is not None and old.state == "loading":
+            with suppress(LichenError):
+                await asyncio.shield(old.loaded)
+        if old is None or old.state != "ready":
+            return False
+        found = await asyncio.to_thread(self.shelf.find, name)
+        if old.candidate.name == found.name:
+            return False
+        try:
+            new = await self._acquire(found.name)
+        except OutOfMemory:
+            new = None
+        for alias in [alias for alias, there in self._names.items() if there is old]:
+            meant = await asyncio.to_thread(self._meant, alias)
+            if meant == found.name and new is not None:
+                self._names[alias] = new
+            elif meant != old.candidate.name:
+                self._names.pop(alias, None)
+        if new is not None:
+            new.pinned, new.keep_alive = old.pinned, old.keep_alive
+            self._leave(new)
+        old.pinned, old.keep_alive = False, 0.0
+        if not old.users and old.state == "ready":
+            old.stop_timer()
+            self._let_expire(old)
+        return True
+
+    def _meant(self, alias: str) -> str:
+        """The model that the shelf has under a name, "" for none. Blocks."""
+        try:
+            return self.shelf.find(alias).name
+        except LichenError:
+            return ""
+
     async def swap(self, name: str | None = None, *, patient: bool = False) -> None:
         """Load a model again as the shelf has it now, beside itself, and let that take over.
 

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from lichen.adapters import general
 from lichen.adapters.lesson_forms import Lesson
-from lichen.adapters.task import Example
-from lichen.errors import RequestError
+from lichen.adapters.lessons import read_lessons
+from lichen.adapters.task import Example, Examples
+from lichen.errors import LessonError, RequestError
+from lichen.quant.gguf_check import check_gguf
 from lichen.runtime.native import Model
 from lichen.runtime.prompt import PromptWriter
 from lichen.runtime.tools import Tool
@@ -99,6 +103,36 @@ class Teacher:
             if self._model.is_end(token):
                 return tokens[: index + 1]
         return [*tokens, self._model.eos]
+
+
+def examples_of(
+    lessons: Path, model: Path, limit: int, *, validation: Path | None = None
+) -> tuple[Examples, list[str]]:
+    """A file of lessons as token ids for a model, and sentences about what had to be left out. Blocks.
+
+    limit: tokens of an example. validation: a file that measures; without it a part of the lessons does.
+    Raises LessonError when none is left to learn from, and what `check_gguf` does.
+    """
+    check_gguf(model)
+    native = Model(model)
+    try:
+        teacher = Teacher(native, min(limit, native.context_train or limit))
+        train = teacher.write(read_lessons(lessons, "train" if validation is None else None))
+        held_out = teacher.write(
+            read_lessons(lessons, "held_out") if validation is None else read_lessons(validation)
+        )
+        asked = [example.prompt for example in teacher.write(general.questions()).examples]
+        ends = [token for token in range(native.vocab_size) if native.is_end(token)]
+    finally:
+        native.close()
+    told = []
+    if too_long := train.too_long + held_out.too_long:
+        told.append(f"{too_long:,} examples are longer than {limit:,} tokens and left out.")
+    if refused := train.refused + held_out.refused:
+        told.append(f"{refused:,} lessons are left out: {train.reason or held_out.reason}")
+    if not train.examples:
+        raise LessonError("No lesson of the file is left to learn from.", param="file")
+    return Examples(train=train.examples, held_out=held_out.examples, asked=asked, ends=ends), told
 
 
 def _plain(message: Mapping[str, Any]) -> dict[str, Any]:

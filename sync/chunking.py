@@ -20,6 +20,7 @@ import msgspec
 
 from lichen.errors import ModelFileError, StoreError
 from lichen.quant.gguf_check import TensorPlace, tensor_places
+from lichen.sync.extra import of_the_extra
 from lichen.sync.recipe import MAX_CHUNK, MAX_CHUNKS
 
 ROLLING_AVERAGE = 64 << 10  # bytes; what is cut by content is small beside the weights
@@ -86,7 +87,8 @@ def _inside(tensor: TensorPlace, grain: int) -> Iterator[Cut]:
 
 
 def _by_content(file: BinaryIO, start: int, stop: int, grain: int) -> Iterator[Cut]:
-    from pyfastcdc import FastCDC
+    with of_the_extra():
+        from pyfastcdc import FastCDC
 
     average = max(ROLLING_AVERAGE, grain // 4)
     if stop - start <= average // 4:  # such as the padding between two tensors

@@ -73,12 +73,14 @@ async def fetch(
     pace: Pace | None = None,
     connections: int = CONNECTIONS,
     patience: float = PATIENCE,
+    whole: str | None = None,
 ) -> Path:
     """Have the recipe's file in the store; returns the blob. After a cancel the next call continues.
 
     mirrors: the preferred one first. pace: limits the rate. patience: seconds without a byte that are too
-    many. Raises SourceError when no mirror gives what is missing, HashMismatch when even the whole file is
-    another, OfflineError, DiskFull or StoreError.
+    many. whole: where mirrors keep the file as it is; None for where the recipe says. Raises SourceError when
+    no mirror gives what is missing, HashMismatch when even the whole file is another, OfflineError, DiskFull
+    or StoreError.
     """
     check(recipe, recipe.sha256)
     async with store.locked(f"chunks:{recipe.sha256}"):
@@ -87,7 +89,7 @@ async def fetch(
         if not blob.is_file():
             unfinished = store.root / "partial" / f"{recipe.sha256}.chunks"
             with Assembly(unfinished, recipe) as assembly:
-                job = _Fetch(recipe, mirrors, store, assembly, meter, pace)
+                job = _Fetch(recipe, mirrors, store, assembly, meter, pace, whole)
                 await job.run(connections, patience)
             await asyncio.to_thread(store.place, unfinished, recipe.sha256)
             await asyncio.to_thread(keep, store, recipe)
@@ -106,8 +108,10 @@ class _Fetch:
         assembly: Assembly,
         meter: Meter,
         pace: Pace | None,
+        whole: str | None,
     ) -> None:
         self._recipe, self._mirrors, self._store = recipe, mirrors, store
+        self._whole = whole or (recipe.whole_path if recipe.whole else None)
         self._assembly, self._meter, self._pace = assembly, meter, pace
         self._stored: StoredChunks | None = None
 
@@ -176,7 +180,7 @@ class _Fetch:
         return from_packs(self._recipe, self._assembly.missing, usable)
 
     def _whole_wants(self, _refused: set[tuple[bytes, bytes]]) -> dict[str, list[Want]]:
-        return from_whole(self._recipe, self._assembly.missing)
+        return from_whole(self._recipe, self._assembly.missing, self._whole)
 
     async def _sound(self, off_loop: OffLoop) -> bool:
         def hashed() -> str:
@@ -186,10 +190,10 @@ class _Fetch:
 
     async def _plainly(self, transfer: Transfer, off_loop: OffLoop) -> None:
         """The whole file from each mirror in turn, without the recipe's chunks, which do not give it."""
-        for mirror in self._mirrors if self._recipe.whole else ():
+        for mirror in self._mirrors if self._whole is not None else ():
             self._assembly.restart()
             try:
-                await transfer.stream(mirror, self._recipe.whole_path, self._recipe.size)
+                await transfer.stream(mirror, str(self._whole), self._recipe.size)
             except SourceError:
                 continue
             if await self._sound(off_loop):

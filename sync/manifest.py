@@ -14,6 +14,8 @@ import msgspec
 from msgspec import Meta, Struct
 
 from lichen.errors import ManifestError
+from lichen.sync.recipe import MAX_RECIPE
+from lichen.sync.updates.health import Health
 
 KINDS = ("models", "adapters", "mixtures", "checkpoints", "policies")
 
@@ -31,14 +33,26 @@ class Ancestor(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     sha256: Sha256 | None = None
 
 
+class RecipeFile(Struct, frozen=True, kw_only=True):
+    """The recipe of a target's chunks, so that mirrors cannot lie about it. sha256: hex. size: bytes."""
+
+    sha256: Sha256
+    size: Annotated[int, Meta(ge=1, le=MAX_RECIPE)]
+
+
 class Manifest(Struct, frozen=True, kw_only=True, tag_field="kind"):
-    """What every kind has. size: bytes. licence: an SPDX expression. lineage: nearest ancestor first."""
+    """What every kind has. size: bytes. licence: an SPDX expression. lineage: nearest ancestor first.
+
+    health: the bar of the trial on a device. recipe: None for a target that comes as one whole file.
+    """
 
     name: Name
     size: Count
     licence: Words
     lineage: Annotated[tuple[Ancestor, ...], Meta(max_length=64)] = ()
     min_lichen: Annotated[str, Meta(max_length=24)] = "0.1"
+    health: Health | None = None
+    recipe: RecipeFile | None = None
 
     @property
     def kind(self) -> str:
@@ -65,18 +79,11 @@ class AdapterManifest(Manifest, frozen=True, kw_only=True, tag="adapters"):
     rank: Annotated[int, Meta(ge=1, le=4096)] | None = None
 
 
-class Share(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One adapter of a mixture and its weight."""
-
-    sha256: Sha256
-    weight: Annotated[float, Meta(ge=-16, le=16)]
-
-
 class MixtureManifest(Manifest, frozen=True, kw_only=True, tag="mixtures"):
-    """Adapters of one base that are applied together."""
+    """A mixture of data to train on (mixture.py). sources, examples: how many, 0 if not known."""
 
-    base: Sha256
-    shares: Annotated[tuple[Share, ...], Meta(min_length=1, max_length=64)]
+    sources: Count = 0
+    examples: Count = 0
 
 
 class CheckpointManifest(Manifest, frozen=True, kw_only=True, tag="checkpoints"):
@@ -113,9 +120,12 @@ def read_manifest(custom: object, *, running: str) -> AnyManifest:
         raise ManifestError(
             f"This lichen knows no target of kind {_shown(kind)}.", hint=f"It knows: {', '.join(KINDS)}."
         )
+    fields = dict(custom)
     try:
-        manifest: AnyManifest = msgspec.convert(dict(custom), type=AnyManifest)
-    except (msgspec.ValidationError, RecursionError) as error:
+        if isinstance(health := fields.get("health"), str):
+            fields["health"] = msgspec.json.decode(health)
+        manifest: AnyManifest = msgspec.convert(fields, type=AnyManifest)
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
         raise ManifestError(f"The target's manifest is malformed: {error}.") from error
     return manifest
 
@@ -126,9 +136,15 @@ def make_manifest(fields: Mapping[str, Any], *, running: str) -> AnyManifest:
 
 
 def custom_of(manifest: AnyManifest) -> dict[str, Any]:
-    """The manifest as JSON's types, for a target's custom metadata."""
+    """The manifest as JSON's types, for a target's custom metadata.
+
+    The bar of the trial is JSON within a text there, since what is signed holds no fractions (canonical
+    JSON, https://wiki.laptop.org/go/Canonical_JSON).
+    """
     custom: dict[str, Any] = msgspec.to_builtins(manifest)
-    return custom
+    if manifest.health is not None:
+        custom["health"] = msgspec.json.encode(manifest.health).decode()
+    return {name: value for name, value in custom.items() if value is not None}
 
 
 def _release(version: str) -> tuple[int, int, int] | None:

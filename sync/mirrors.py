@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lichen.errors import ConfigError, SourceError
 from lichen.sync.download import opened
+from lichen.sync.extra import of_the_extra
 from lichen.sync.sources import Origin
 
 if TYPE_CHECKING:
@@ -83,7 +84,8 @@ class FsspecMirror:
     """A folder in any file system that fsspec knows. options: what that file system takes, such as `anon`."""
 
     def __init__(self, url: str, **options: Any) -> None:
-        import fsspec
+        with of_the_extra():
+            import fsspec
 
         self.name = url.rstrip("/")
         try:

@@ -13,6 +13,7 @@ compares the sha256 of what comes out.
 from __future__ import annotations
 
 from lichen.errors import SourceError
+from lichen.sync.extra import of_the_extra
 
 LEVEL = 3  # of zstd; 9 gains less than 1 % more on weights at a fifth of the speed
 WORTH = 0.97  # a compressed form has to be smaller than this part of the chunk, or it is not worth unpacking
@@ -46,14 +47,16 @@ def unpack(stored: bytes, stride: int, length: int, base: bytes | None = None) -
 
 
 def _compress(data: bytes) -> bytes:
-    import zstandard
+    with of_the_extra():
+        import zstandard
 
     return zstandard.ZstdCompressor(level=LEVEL, write_content_size=True, write_checksum=False).compress(data)
 
 
 def _decompress(stored: bytes, length: int) -> bytes:
     """One zstd frame whose header promises `length` bytes; zstd itself never writes more than it promises."""
-    import zstandard
+    with of_the_extra():
+        import zstandard
 
     try:
         if zstandard.get_frame_parameters(stored).content_size != length:

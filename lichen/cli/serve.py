@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lichen.planning import Planned
     from lichen.replanning import Say
     from lichen.runtime.http.daemon import DaemonOptions
+    from lichen.runtime.initiative import Options as InitiativeOptions
     from lichen.runtime.pool import ModelPool
     from lichen.runtime.resident import LoadProgress
     from lichen.runtime.served_model import ServedModel
@@ -99,6 +100,14 @@ def serve(
     journal_limit: Annotated[Text, typer.Option(help="Bytes on disk for kept answers.")] = None,
     files_limit: Annotated[Text, typer.Option(help="Bytes on disk for uploaded files.")] = None,
     adapters_limit: Annotated[Text, typer.Option(help="Bytes on disk for versions of adapters.")] = None,
+    auto_learn: Annotated[bool | None, typer.Option("--auto-learn", help="Learn from feedback.")] = None,
+    auto_learn_after: Annotated[Number, typer.Option(help="New lessons before it does.")] = None,
+    auto_learn_idle: Annotated[Decimal, typer.Option(help="Minutes without a request before.")] = None,
+    auto_learn_minutes: Annotated[Decimal, typer.Option(help="About how long it may train.")] = None,
+    auto_learn_memory: Annotated[Text, typer.Option(help="Bytes of memory that it may take.")] = None,
+    auto_learn_disk: Annotated[Text, typer.Option(help="Bytes on disk that it may take.")] = None,
+    auto_learn_hours: Annotated[Text, typer.Option(help="When it may begin: HH:MM-HH:MM, local.")] = None,
+    auto_learn_battery: Annotated[bool | None, typer.Option(help="Also while unplugged.")] = None,
     log_level: Annotated[Text, typer.Option(help="debug, info, warning, error or critical.")] = None,
     log_format: Annotated[Text, typer.Option(help="text or json.")] = None,
 ) -> None:
@@ -122,6 +131,7 @@ def run_daemon(effective: Effective) -> None:
     progress = LoadProgress()
     Thread(target=_load, args=(config, planned, loading, progress), name="lichen-load", daemon=True).start()
 
+    from lichen.cli.fleet_daemon import updating
     from lichen.runtime.http.daemon import serve
     from lichen.runtime.pool import ModelPool, PoolOptions
     from lichen.shelf import StoreShelf
@@ -139,7 +149,7 @@ def run_daemon(effective: Effective) -> None:
         pool = ModelPool(shelf, pool_options)
         store = Store(config.home / "store", offline=config.offline)
         first = pool.start(asyncio.wrap_future(loading), progress)
-        async with _upkeep(planned, shelf, pool, first, say):
+        async with _upkeep(planned, shelf, pool, first, say), updating(config, pool):
             await serve(_daemon_options(config), pool, first, store=store, on_event=say)
 
     try:
@@ -151,6 +161,7 @@ def run_daemon(effective: Effective) -> None:
 
 
 def _daemon_options(config: Config) -> DaemonOptions:
+    from lichen.adapters.gate import Limits
     from lichen.runtime.http.daemon import DaemonOptions
 
     return DaemonOptions(
@@ -175,6 +186,8 @@ def _daemon_options(config: Config) -> DaemonOptions:
         journal_limit=config.journal_limit,
         files_limit=config.files_limit,
         adapters_folder=config.home / "adapters",
+        initiative=_initiative(config),
+        gate=Limits(gain=config.gate_gain, general=config.gate_general, earlier=config.gate_earlier),
     )
 
 
@@ -219,6 +232,23 @@ def _plan(effective: Effective) -> Planned | None:
     for reason in planned.reasons:
         print(reason, file=sys.stderr, flush=True)
     return planned
+
+
+def _initiative(config: Config) -> InitiativeOptions:
+    from lichen.adapters.policy import Rules, hours_of
+    from lichen.runtime.initiative import Options
+
+    if not config.auto_learn:
+        return Options()
+    rules = Rules(
+        after=config.auto_learn_after,
+        idle=60 * config.auto_learn_idle,
+        memory=config.auto_learn_memory,
+        disk=config.auto_learn_disk,
+        hours=None if config.auto_learn_hours is None else hours_of(config.auto_learn_hours),
+        on_battery=config.auto_learn_battery,
+    )
+    return Options(rules=rules, minutes=config.auto_learn_minutes)
 
 
 def _load(

@@ -23,13 +23,17 @@ from aiohttp import web
 
 import lichen
 from lichen.adapters.files import FileStore
+from lichen.adapters.gate import Limits
+from lichen.adapters.jobs import JobStore
 from lichen.adapters.registry import Registry
 from lichen.adapters.thread import JournalThread
 from lichen.errors import ConfigError, LichenError, Unavailable
 from lichen.runtime import memory, native
 from lichen.runtime.http.access_log import AccessLog, name_request, traced
+from lichen.runtime.http.daemon_learning import DaemonLearning
 from lichen.runtime.http.feedback import FeedbackRoutes
 from lichen.runtime.http.files import FileRoutes
+from lichen.runtime.http.fine_tuning import FineTuningRoutes
 from lichen.runtime.http.guard import LOOPBACK, Guard
 from lichen.runtime.http.keeping import Keeping, Policy
 from lichen.runtime.http.keys import KeyStore
@@ -42,6 +46,7 @@ from lichen.runtime.http.open_files import raise_limit
 from lichen.runtime.http.openai import OpenAIRoutes, json_response
 from lichen.runtime.http.tls import server_context
 from lichen.runtime.http.tokens import TokenRoutes
+from lichen.runtime.initiative import Options as InitiativeOptions
 from lichen.runtime.metrics import ProcessMetrics
 from lichen.runtime.pool import ModelPool
 from lichen.runtime.served_model import ServedModel
@@ -56,7 +61,7 @@ class DaemonOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     rate_limit: requests a minute and client, 0 for no limit; a request_timeout of 0 is no limit either.
     journal: what is kept of answers, under learning_folder; its limits in bytes. adapters_folder: of the
-    registry whose adapters are served; None for none.
+    registry whose adapters are served; None for none. initiative: whether it learns by itself.
     """
 
     host: str = "127.0.0.1"
@@ -80,6 +85,8 @@ class DaemonOptions(msgspec.Struct, frozen=True, kw_only=True):
     journal_limit: int = 1_000_000_000
     files_limit: int = 2_000_000_000
     adapters_folder: Path | None = None
+    gate: Limits = Limits()
+    initiative: InitiativeOptions = InitiativeOptions()
 
     def check(self) -> None:
         """Raise ConfigError rather than listen to a network without a key, or with keys nobody can read."""
@@ -111,14 +118,19 @@ class Daemon:
         pool.on_ready, pool.on_evicted = self.metrics.loaded, self.metrics.evicted
         self.journal: JournalThread | None = None
         self._files: FileStore | None = None
+        self.learning: DaemonLearning | None = None
         if options.journal != "off" and options.learning_folder is not None:
             folder = options.learning_folder
             self.journal = JournalThread(folder / "journal.db", limit=options.journal_limit)
             self._files = FileStore(folder / "files", limit=options.files_limit)
-        hosts = (options.host, *options.allowed_hosts)
+            if options.adapters_folder is not None:
+                registry, jobs = Registry(options.adapters_folder), JobStore(folder / "jobs")
+                self.learning = DaemonLearning(
+                    pool, jobs, self._files, registry, self.journal, options.gate, options.initiative
+                )
         self._tls = server_context(options.tls_cert, options.tls_key)
         self._guard = Guard(
-            hosts=hosts,
+            hosts=(options.host, *options.allowed_hosts),
             origins=options.allowed_origins,
             api_key=options.api_key,
             keys=None if options.keys_file is None else KeyStore(options.keys_file),
@@ -148,13 +160,15 @@ class Daemon:
             middlewares=[traced, self._guard.middleware, deadlines.middleware],
             client_max_size=self.options.max_body,
         )
-        metrics = MetricsRoute(self.pool.ready, self.metrics, memory.resident, self._journal_bytes)
+        learning = None if self.learning is None else self.learning.jobs
+        metrics = MetricsRoute(self.pool.ready, self.metrics, memory.resident, self._journal_bytes, learning)
         keeping = Keeping(self.options.journal, self.journal, self.metrics)
         app.on_response_prepare.extend([name_request, self._guard.allow_reading, metrics.count_error])
         app.add_routes(metrics.routes())
         app.add_routes(OpenAIRoutes(self.use, self.models.known, self.pool.loaded, keeping).routes())
         app.add_routes(FeedbackRoutes(self.journal, self.metrics).routes())
         app.add_routes(FileRoutes(self._files, self.journal, self.options.read_timeout).routes())
+        app.add_routes(FineTuningRoutes(self.learning, self._files).routes())
         app.add_routes(TokenRoutes(self.use).routes())
         app.add_routes(ModelRoutes(self.models, self.check).routes())
         app.add_routes(OllamaRoutes(self.use, self.models).routes())
@@ -241,11 +255,17 @@ class Daemon:
         await runner.setup()
         assert runner.server is not None, "setup() makes the server"
         watch = asyncio.ensure_future(cut_stalled(runner.server, self.options.write_timeout))
+        learning = None
+        if self.learning is not None:
+            learning = asyncio.ensure_future(self.learning.run())
         try:
             await self._open(runner)
             yield
         finally:
             watch.cancel()
+            if learning is not None:
+                learning.cancel()
+                await asyncio.wait([learning])
             await runner.cleanup()
             if self.journal is not None:
                 await self.journal.close()

@@ -9,7 +9,14 @@ from typing import Literal
 
 import msgspec
 
-from lichen.runtime.http import journal_schema, ollama_responses, ollama_schema, responses, schema
+from lichen.runtime.http import (
+    fine_tuning_schema,
+    journal_schema,
+    ollama_responses,
+    ollama_schema,
+    responses,
+    schema,
+)
 from lichen.runtime.http.models import LoadBody, UnloadBody
 
 EVERY = (400, 401, 403, 429, 500, 503)  # what the guard answers for any route, or a defect of ours
@@ -164,6 +171,87 @@ ROUTES = (
         tag="OpenAI",
         answer="application/jsonl",
         parameters={"id": "Id of the file."},
+        errors=_KEPT,
+    ),
+    Route(
+        method="post",
+        path="/v1/fine_tuning/jobs",
+        id="createFineTuningJob",
+        summary="Learn from an uploaded file",
+        tag="OpenAI",
+        body=fine_tuning_schema.JobBody,
+        answer=fine_tuning_schema.JobObject,
+        errors=_KEPT,
+    ),
+    Route(
+        method="get",
+        path="/v1/fine_tuning/jobs",
+        id="listPaginatedFineTuningJobs",
+        summary="The jobs",
+        tag="OpenAI",
+        query=fine_tuning_schema.JobsQuery,
+        answer=fine_tuning_schema.JobList,
+        errors=_KEPT,
+    ),
+    Route(
+        method="get",
+        path="/v1/fine_tuning/jobs/{id}",
+        id="retrieveFineTuningJob",
+        summary="One job",
+        tag="OpenAI",
+        answer=fine_tuning_schema.JobObject,
+        parameters={"id": "Id of the job."},
+        errors=_KEPT,
+    ),
+    Route(
+        method="post",
+        path="/v1/fine_tuning/jobs/{id}/cancel",
+        id="cancelFineTuningJob",
+        summary="End a job; what it has learned is dropped",
+        tag="OpenAI",
+        answer=fine_tuning_schema.JobObject,
+        parameters={"id": "Id of the job."},
+        errors=_KEPT,
+    ),
+    Route(
+        method="post",
+        path="/v1/fine_tuning/jobs/{id}/pause",
+        id="pauseFineTuningJob",
+        summary="Let a job wait, with a checkpoint",
+        tag="OpenAI",
+        answer=fine_tuning_schema.JobObject,
+        parameters={"id": "Id of the job."},
+        errors=_KEPT,
+    ),
+    Route(
+        method="post",
+        path="/v1/fine_tuning/jobs/{id}/resume",
+        id="resumeFineTuningJob",
+        summary="Let a paused job go on",
+        tag="OpenAI",
+        answer=fine_tuning_schema.JobObject,
+        parameters={"id": "Id of the job."},
+        errors=_KEPT,
+    ),
+    Route(
+        method="get",
+        path="/v1/fine_tuning/jobs/{id}/events",
+        id="listFineTuningEvents",
+        summary="What happened in a job",
+        tag="OpenAI",
+        query=fine_tuning_schema.JobsQuery,
+        answer=fine_tuning_schema.EventList,
+        parameters={"id": "Id of the job."},
+        errors=_KEPT,
+    ),
+    Route(
+        method="get",
+        path="/v1/fine_tuning/jobs/{id}/checkpoints",
+        id="listFineTuningJobCheckpoints",
+        summary="Always empty: only the result of a job is a model",
+        tag="OpenAI",
+        answer=fine_tuning_schema.CheckpointList,
+        parameters={"id": "Id of the job."},
         errors=_KEPT,
     ),
     Route(

@@ -38,7 +38,7 @@ def schemes() -> list[str]:
 
 def is_local(reference: str) -> bool:
     """Whether a reference needs no network."""
-    return reference.partition(":")[0] == "file"
+    return reference.partition(":")[0] in ("file", "fleet")
 
 
 async def locate(reference: str) -> Origin:

@@ -13,15 +13,24 @@ import datetime
 import hashlib
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from lichen.durable import sync_folder, write_file
-from lichen.errors import FleetError, HashMismatch, MetadataExpired, NotFound, SourceError, TrustError
+from lichen.errors import (
+    FleetError,
+    HashMismatch,
+    ManifestError,
+    MetadataExpired,
+    NotFound,
+    SourceError,
+    TrustError,
+)
 from lichen.sync.download import check_space, write_error
 from lichen.sync.manifest import AnyManifest, read_manifest
+from lichen.sync.pace import Pace
 from lichen.sync.trust.enrolment import Enrolment, read_enrolment, write_enrolment
 from lichen.sync.trust.fetching import Fetcher, fetcher_for, read
 from lichen.sync.trust.record import Record
@@ -125,7 +134,7 @@ class Device:
 
     def state(self) -> State:
         """Where this device stands, without the network. Raises FleetError or TrustError."""
-        bundle, trusted, now = self.enrolment(), standing(self._trusted()), self._clock()
+        bundle, trusted, now = self.enrolment(), standing(self.trusted()), self._clock()
         expires = f"{trusted.expires:%Y-%m-%d %H:%M} UTC"
         if now >= trusted.expires:
             sentence = (
@@ -145,7 +154,7 @@ class Device:
             return None
 
         await self._over_mirrors(nothing, mirrors)
-        return standing(self._trusted())
+        return standing(self.trusted())
 
     async def target(
         self, path: str, *, running: str, mirrors: Sequence[Fetcher] | None = None
@@ -163,13 +172,49 @@ class Device:
             raise NotFound(f"The fleet {self.enrolment().fleet} has no target {path!r}.")
         return bind(found, running=running)
 
+    async def listed(
+        self, kind: str, *, running: str, mirrors: Sequence[Fetcher] | None = None
+    ) -> list[FleetTarget]:
+        """Refresh, then all targets of a kind that this lichen can read, by path. Raises as `refresh`."""
+
+        async def find(verification: Verification, mirror: Fetcher) -> list[Found]:
+            return await follow(verification.listed(kind), mirror)
+
+        targets = []
+        for found in await self._over_mirrors(find, mirrors):
+            with suppress(ManifestError):  # of another kind or for a newer lichen: not for this machine
+                targets.append(bind(found, running=running))
+        return targets
+
+    async def content(
+        self, target: FleetTarget, limit: int, mirrors: Sequence[Fetcher] | None = None
+    ) -> bytes:
+        """The verified bytes of a small target. Raises TrustError, SourceError, HashMismatch."""
+        if target.size > limit:
+            raise TrustError(f"{target.manifest.path} has {target.size:,} bytes, more than {limit:,}.")
+
+        async def from_one(mirror: Fetcher) -> bytes:
+            data = await read(mirror, f"targets/{target.file_name}", target.size)
+            if len(data) != target.size or hashlib.sha256(data).hexdigest() != target.sha256:
+                raise HashMismatch(f"{mirror.address} sent other bytes for {target.manifest.path}.")
+            return data
+
+        return await self._first_that_can(from_one, mirrors)
+
     async def download(
-        self, target: FleetTarget, destination: Path, mirrors: Sequence[Fetcher] | None = None
+        self,
+        target: FleetTarget,
+        destination: Path,
+        mirrors: Sequence[Fetcher] | None = None,
+        pace: Pace | None = None,
     ) -> None:
-        """Fetch a target's plain file; `destination` appears only when it is whole and its hash is right."""
+        """Fetch a target's plain file; `destination` appears only when it is whole and its hash is right.
+
+        `bringing.py` is the way that fetches only what is missing.
+        """
 
         async def from_one(mirror: Fetcher) -> None:
-            await _download(mirror, target, destination)
+            await _download(mirror, target, destination, pace)
 
         await self._first_that_can(from_one, mirrors)
 
@@ -181,7 +226,7 @@ class Device:
         """Refresh from one mirror after the other until one succeeds; what each of them proved is kept."""
 
         async def from_one(mirror: Fetcher) -> Result:
-            verification = Verification(self._trusted(), self._clock())
+            verification = Verification(self.trusted(), self._clock())
             try:
                 await follow(verification.refresh(), mirror)
                 return await then(verification, mirror)
@@ -224,8 +269,8 @@ class Device:
         finally:
             lock.release()
 
-    def _trusted(self) -> dict[str, bytes]:
-        """What is trusted now. Raises FleetError if this machine is in no fleet."""
+    def trusted(self) -> dict[str, bytes]:
+        """The bytes of each role's metadata that is trusted now. Raises FleetError, TrustError."""
         trusted = self._record.load()
         return {"root": self.enrolment().root} if trusted is None else trusted
 
@@ -255,7 +300,7 @@ def bind(found: Found, *, running: str) -> FleetTarget:
     return FleetTarget(manifest, digest, file.length, found.names.get("sha256", file.path))
 
 
-async def _download(mirror: Fetcher, target: FleetTarget, destination: Path) -> None:
+async def _download(mirror: Fetcher, target: FleetTarget, destination: Path, pace: Pace | None) -> None:
     digest, size = hashlib.sha256(), 0
     partial = destination.with_name(f".{destination.name}.part")
     try:
@@ -265,6 +310,8 @@ async def _download(mirror: Fetcher, target: FleetTarget, destination: Path) -> 
             async for data in mirror.stream(f"targets/{target.file_name}", target.size):
                 digest.update(data)
                 size += len(data)
+                if pace is not None:
+                    await pace.take(len(data))
                 await asyncio.to_thread(file.write, data)
             file.flush()
             await asyncio.to_thread(os.fsync, file.fileno())

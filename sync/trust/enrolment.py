@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from typing import Annotated
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta
@@ -17,12 +18,14 @@ from lichen.sync.manifest import Name, Words
 from lichen.sync.trust.fetching import check_mirror
 
 LIMIT = 1 << 20  # bytes of a bundle
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 class Enrolment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """fleet: its name. root: metadata of the root role, base64 in JSON. mirrors: URLs, tried in turn.
 
     tags: what this device is to the fleet, such as {"site": "oslo"}; rollouts ask for them.
+    collector: URL that reports go to, if any. token: lets a device join there.
     """
 
     format: Annotated[int, Meta(ge=1, le=1)] = 1
@@ -30,6 +33,8 @@ class Enrolment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     root: Annotated[bytes, Meta(min_length=2)]
     mirrors: Annotated[tuple[str, ...], Meta(min_length=1, max_length=32)]
     tags: Annotated[dict[Name, Words], Meta(max_length=64)] = {}
+    collector: Annotated[str, Meta(max_length=2048)] | None = None
+    token: Annotated[str, Meta(min_length=16, max_length=200)] | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -49,7 +54,19 @@ def read_enrolment(data: bytes) -> Enrolment:
         ) from error
     for mirror in bundle.mirrors:
         check_mirror(mirror)
+    if bundle.collector is not None:
+        check_collector(bundle.collector)
     return bundle
+
+
+def check_collector(url: str) -> str:
+    """The URL, if reports may go there: https, or http to this machine. Raises FleetError."""
+    parts = urlsplit(check_mirror(url))
+    if parts.scheme == "https" or (parts.scheme == "http" and parts.hostname in LOOPBACK):
+        return url
+    raise FleetError(
+        f"{url[:200]!r} cannot be a collector.", hint="Give an https: URL; http: only to this machine."
+    )
 
 
 def write_enrolment(bundle: Enrolment) -> bytes:

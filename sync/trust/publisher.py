@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 from securesystemslib.signer import SSlibKey
 from tuf.api.metadata import (
     DelegatedRole,
@@ -36,7 +37,7 @@ from lichen.sync.download import hash_file
 from lichen.sync.manifest import KINDS, AnyManifest, custom_of
 from lichen.sync.trust.repository import TOP_LEVEL, Repository
 from lichen.sync.trust.signers import Signers
-from lichen.sync.trust.target_store import PlainTargets, TargetStore
+from lichen.sync.trust.target_store import ChunkedTargets, TargetStore
 
 LIFETIMES = {"root": 365, "targets": 180, "snapshot": 30, "timestamp": 7}  # days
 KIND_LIFETIME = 180
@@ -62,7 +63,7 @@ class Publisher:
         self._repository = Repository(folder)
         self._signers = signers
         self._clock = clock
-        self._targets = PlainTargets(folder) if targets is None else targets
+        self._targets = ChunkedTargets(folder) if targets is None else targets
 
     def init(self, *, root_keys: int = 3, threshold: int = 2) -> bytes:
         """Make keys and a repository with one delegated role a kind; returns the bytes of root version 1.
@@ -108,7 +109,10 @@ class Publisher:
         return rows
 
     def publish(self, source: Path, manifest: AnyManifest) -> TargetFile:
-        """Add or replace a target under its kind's role. Raises FleetError."""
+        """Add or replace a target under its kind's role. Raises FleetError.
+
+        Differences are made to the version that it replaces, or else to its nearest ancestor that is here.
+        """
         try:
             size, digest = source.stat().st_size, hash_file(source)
         except OSError as error:
@@ -116,12 +120,20 @@ class Publisher:
         if size != manifest.size:
             raise FleetError(f"{source} has {size} bytes, but its manifest says {manifest.size}.")
         with self._changing():
-            self._targets.put(manifest.path, source, digest)
             role = self._repository.targets(manifest.kind)
+            replaced = role.targets.get(manifest.path)
+            older = [replaced.hashes["sha256"]] if replaced is not None else []
+            older += [each.sha256 for each in manifest.lineage if each.sha256 is not None]
+            recipe = self._targets.put(manifest.path, source, digest, older=older)
+            manifest = msgspec.structs.replace(manifest, recipe=recipe)
             target = TargetFile(size, {"sha256": digest}, manifest.path, {"custom": custom_of(manifest)})
             role.targets[manifest.path] = target
             self._release({manifest.kind: role})
             return target
+
+    def listed(self, kind: str) -> dict[str, TargetFile]:
+        """The targets that a kind's role lists now, by path. Raises FleetError."""
+        return dict(self._repository.targets(kind).targets)
 
     def withdraw(self, path: str) -> None:
         """Take a target out of the metadata; its bytes stay for devices that are under way."""

@@ -3,23 +3,20 @@
     trusted             a line with the sha256 of the rest, then the rest: JSON, bytes of each role
     trusted.previous    the one before
 
-A file is written aside, synced and renamed. One that is torn all the same (a dying disk, a copy that broke
-off) fails its checksum, and the previous one is used: older, but whole.
+See `lichen.durable.SealedFile` for what happens when one is torn.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 
-from lichen.durable import sync_folder, write_file
+from lichen.durable import SealedFile
 from lichen.errors import FleetError, TrustError
 
 LIMIT = 256 << 20  # bytes of a file that is looked at
-_HEADER = b"lichen trusted metadata 1 sha256 "
 
 
 class _Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -30,16 +27,17 @@ class Record:
     """The trusted metadata of one fleet under `folder`."""
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / "trusted"
-        self.previous = folder / "trusted.previous"
+        self._file = SealedFile(folder / "trusted", "lichen trusted metadata 1", limit=LIMIT)
+        self.path, self.previous = self._file.path, self._file.previous
 
     def load(self) -> dict[str, bytes] | None:
         """Bytes by role of the newest whole file, None without any. Raises TrustError if all are torn."""
-        for path in (self.path, self.previous):
-            files = _read(path)
-            if files is not None:
-                return files
-        if self.path.exists() or self.previous.exists():
+        for body in self._file.whole():
+            try:
+                return msgspec.json.decode(body, type=_Body).files
+            except msgspec.DecodeError:
+                continue
+        if self._file.present():
             raise TrustError(
                 f"The trusted metadata at {self.path} is damaged.",
                 hint="Enrol this machine again: lichen fleet enrol BUNDLE --replace",
@@ -48,36 +46,11 @@ class Record:
 
     def save(self, files: Mapping[str, bytes]) -> None:
         """Replace what is trusted, unless it is the same. Raises FleetError if the disk refuses."""
-        current = _read(self.path)
-        if current == files:
-            return
-        body = msgspec.json.encode(_Body(dict(files)), order="deterministic")
-        header = _HEADER + hashlib.sha256(body).hexdigest().encode() + b"\n"
         try:
-            if current is not None:
-                self.path.replace(self.previous)
-                sync_folder(self.path.parent)
-            write_file(self.path, header + body, mode=0o600)
+            self._file.save(msgspec.json.encode(_Body(dict(files)), order="deterministic"))
         except OSError as error:
             raise FleetError(f"{self.path} cannot be written: {error.strerror}.") from error
 
     def forget(self) -> None:
         """Remove both files."""
-        self.path.unlink(missing_ok=True)
-        self.previous.unlink(missing_ok=True)
-
-
-def _read(path: Path) -> dict[str, bytes] | None:
-    """The files of a whole record, or None."""
-    try:
-        if path.stat().st_size > LIMIT:
-            return None
-        header, newline, body = path.read_bytes().partition(b"\n")
-    except OSError:
-        return None
-    if not newline or header != _HEADER + hashlib.sha256(body).hexdigest().encode():
-        return None
-    try:
-        return msgspec.json.decode(body, type=_Body).files
-    except msgspec.DecodeError:
-        return None
+        self._file.forget()

@@ -125,6 +125,13 @@ class Verification:
             visits.extend(reversed(children))
         return None
 
+    def listed(self, kind: str) -> Walk[list[Found]]:
+        """Every target that the role of a kind lists itself, by path, after `refresh`."""
+        yield from self._targets("targets", Root.type)
+        targets = yield from self._targets(kind, "targets")
+        chain = ("targets", kind)
+        return [Found(targets.targets[path], chain, self._consistent) for path in sorted(targets.targets)]
+
     def _roots(self) -> Walk[None]:
         """5.3: every version of root since ours, each signed by the thresholds of the last and of itself."""
         before = self._set.root

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -13,12 +15,23 @@ import torch
 
 from lichen.adapters import checkpoint
 from lichen.adapters.course import Course, rate_at
-from lichen.adapters.events import EventReader, Failed, Finished, Measured, Saved, Stepped
+from lichen.adapters.events import (
+    EventLog,
+    EventReader,
+    Failed,
+    Finished,
+    Measured,
+    Saved,
+    Stepped,
+    Stopped,
+    told,
+)
 from lichen.adapters.frozen import FrozenStates
 from lichen.adapters.launch import CHECKPOINT, EVENTS, STOPPED, Training, prepare
 from lichen.adapters.lora import without_adapters
 from lichen.adapters.task import Example, Examples, LoRAOptions, Manifest, Task
 from lichen.adapters.train import Trainer
+from lichen.adapters.trainer import Run
 from lichen.errors import TrainingError
 from lichen.models.load import load_model
 from lichen.models.packing import pack
@@ -57,6 +70,7 @@ def task_of(model: Path, folder: Path, **changes: object) -> Task:
         tokens=64,
         epochs=2,
         rate=0.01,
+        nice=0,
     )
     return msgspec.structs.replace(task, **changes)
 
@@ -296,3 +310,26 @@ def test_the_rate_rises_and_falls() -> None:
     assert all(one > other for one, other in pairwise(rates[5:]))
     assert 0.1 <= rates[-1] < 0.11
     assert rate_at(0, 1, 1.0) == 1.0
+
+
+def test_asked_to_stop_it_measures_nothing_more(model_file: Path, tmp_path: Path) -> None:
+    """A measurement takes minutes on a large model, and nothing is lost with it."""
+    prepare(tmp_path, task_of(model_file, tmp_path, minutes=1), EXAMPLES)
+    tell = EventLog(tmp_path / EVENTS)
+    run = Run(tmp_path, tell)
+    run.stop(0, None)
+    assert run() == STOPPED
+    tell.close()
+    assert [one.event for one in told(tmp_path / EVENTS)] == [Stopped(0)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="no autogroup here")
+def test_its_whole_session_steps_back() -> None:
+    code = (
+        "import os; from pathlib import Path; from lichen.adapters.trainer import step_back; step_back(19); "
+        "print(Path('/proc/self/autogroup').read_text().split()[-1], os.nice(0), flush=True); os._exit(0)"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, start_new_session=True
+    )
+    assert said.stdout.split() == ["19", "19"]

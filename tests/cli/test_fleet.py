@@ -60,7 +60,31 @@ def test_keys_never_lie_among_the_public_files(tmp_path: Path) -> None:
 def test_a_daemon_starts_without_what_a_fleet_needs() -> None:
     code = "import sys, lichen.cli, lichen.runtime.http.daemon, lichen.sync.store, lichen.sync.manifest; "
     code += (
-        "print(sorted({'tuf', 'securesystemslib', 'cryptography', 'lichen.sync.trust'} & set(sys.modules)))"
+        "print(sorted({'tuf', 'securesystemslib', 'cryptography', 'zstandard', 'pyfastcdc', 'fsspec', "
+        "'lichen.sync.trust', 'lichen.sync.reporting', 'lichen.sync.collector'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_missing_package_of_the_extra_is_named(tmp_path: Path) -> None:
+    """Each of them as if it were not installed; the sentence says what to do."""
+    uses = {
+        "zstandard": "from lichen.sync.pieces import unpack as use; given = (b'x', 1, 1)",
+        "pyfastcdc": "from lichen.sync.publish import publish_file as use; given = (Path(a), Path(b))",
+        "fsspec": "from lichen.sync.mirrors import FsspecMirror as use; given = ('file:///tmp',)",
+    }
+    (tmp_path / "file").write_bytes(bytes(3 << 20))
+    for package, use in uses.items():
+        code = (
+            "import sys; from pathlib import Path; from lichen.errors import FleetError; _, a, b = sys.argv\n"
+            f"sys.modules[{package!r}] = None; {use}\ntry: use(*given)\nexcept FleetError as e: print(e)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "file"), str(tmp_path / "out")],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert f"need the package {package}" in done.stdout, done.stderr
+        assert "pip install 'lichen[fleet]'" in done.stdout

@@ -21,7 +21,9 @@ from lichen.runtime.sequence import SamplingOptions
 from lichen.runtime.served_model import ServedModel
 from tests.conftest import RunningDaemon
 
-FACTS = ProcessFacts(resident=1 << 20, version="1.0", llama_cpp="2.0")
+FACTS = ProcessFacts(
+    resident=1 << 20, version="1.0", llama_cpp="2.0", jobs={"running": 1}, training=(100.0, 2.0)
+)
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
@@ -115,6 +117,9 @@ def test_without_a_model_the_process_is_still_told() -> None:
         "lichen_feedback_total",
         "lichen_answers_kept_total",
         "lichen_journal_bytes",
+        "lichen_jobs",
+        "lichen_training_tokens_per_second",
+        "lichen_training_loss",
     }
 
 

@@ -41,7 +41,7 @@ def manifest(path: str, length: int, **more: Any) -> dict[str, Any]:
     by_kind: dict[str, dict[str, Any]] = {
         "models": {"architecture": "llama"},
         "adapters": {"base": BASE},
-        "mixtures": {"base": BASE, "shares": [{"sha256": "a" * 64, "weight": 1.0}]},
+        "mixtures": {"sources": 2},
         "checkpoints": {"base": BASE, "use": "draft_head"},
         "policies": {"schema": 1},
     }

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from securesystemslib.formats import encode_canonical
 
 from lichen.errors import ManifestError
 from lichen.sync.manifest import KINDS, AdapterManifest, custom_of, make_manifest, read_manifest
@@ -25,6 +26,19 @@ def test_every_kind_goes_there_and_back(kind: str) -> None:
     assert read.lineage[0].sha256 == BASE
     assert read_manifest(custom_of(read), running=RUNNING) == read
     assert read_manifest(msgspec.json.decode(msgspec.json.encode(read)), running=RUNNING) == read
+
+
+def test_what_is_signed_has_no_fractions() -> None:
+    """Canonical JSON knows none; a bar of health travels as text."""
+    health = {"rate_share": 0.5, "prompts": [{"text": "Hello?", "expects": ["hello"]}]}
+    read = read_manifest(manifest("models/it", 1, health=health), running=RUNNING)
+    assert read.health is not None
+    assert read.health.rate_share == 0.5
+    assert encode_canonical(custom_of(read))
+    assert read_manifest(custom_of(read), running=RUNNING) == read
+    for bad in ("{", "[]", '{"rate_share": -1}', "[" * 100_000):
+        with pytest.raises(ManifestError, match="malformed"):
+            read_manifest(manifest("models/it", 1, health=bad), running=RUNNING)
 
 
 def test_unknown_fields_are_ignored_and_none_is_left_out() -> None:
@@ -93,7 +107,7 @@ def test_a_missing_field_or_manifest_is_named() -> None:
         with pytest.raises(ManifestError, match="has no manifest"):
             read_manifest(nothing, running=RUNNING)
     with pytest.raises(ManifestError, match="malformed"):
-        read_manifest(manifest("mixtures/it", 1, shares=[]), running=RUNNING)
+        read_manifest(manifest("mixtures/it", 1, sources=-1), running=RUNNING)
     with pytest.raises(ManifestError, match="malformed"):
         read_manifest(manifest("checkpoints/it", 1, use="anything"), running=RUNNING)
 

@@ -1,0 +1,1 @@
+"""The fleet's one server, optional: takes devices' signed reports and shows what became of rollouts."""
