@@ -198,15 +198,18 @@ async def test_the_trainer_waits_while_requests_run(
     async with learning(served, tmp_path) as (daemon, client):
         file = await uploaded(client)
         job = await client.fine_tuning.jobs.create(model="default", training_file=file, suffix="steps-200")
-        await until(client, job.id, lambda found: found.estimated_finish is not None)
+        assert daemon.learning is not None
+        learned = daemon.learning.jobs
+        async with asyncio.timeout(20):
+            while learned.latest is None:
+                await asyncio.sleep(0.05)
+        assert (await client.fine_tuning.jobs.retrieve(job.id)).estimated_finish
         async with httpx.AsyncClient(base_url=daemon.url, trust_env=False) as plain:
             metrics = (await plain.get("/metrics")).text
         for line in ('lichen_jobs{status="running"} 1', 'lichen_jobs{status="failed"} 0'):
             assert line in metrics
         assert "lichen_training_loss 2.0" in metrics
         assert "lichen_training_tokens_per_second 100.0" in metrics
-        assert daemon.learning is not None
-        learned = daemon.learning.jobs
         monkeypatch.setattr(learned, "_busy", lambda: True)
         await asyncio.sleep(0.4)
         stands = learned.latest
