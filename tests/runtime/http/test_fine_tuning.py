@@ -214,7 +214,7 @@ async def test_the_trainer_waits_while_requests_run(
         await asyncio.sleep(0.4)
         stands = learned.latest
         await asyncio.sleep(0.4)
-        assert learned.latest == stands and stands is not None, "no step while somebody is answered"
+        assert learned.latest == stands, "no step while somebody is answered"
         monkeypatch.setattr(learned, "_busy", lambda: False)
         async with asyncio.timeout(5):
             while learned.latest is not None and learned.latest.step <= stands.step:
