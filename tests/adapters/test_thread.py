@@ -81,13 +81,13 @@ async def test_many_share_a_commit_and_come_in_order(
 
 
 async def test_the_loop_stays_free_while_the_disk_is_slow(journal: JournalThread) -> None:
-    slow = asyncio.ensure_future(journal.do(lambda _: time.sleep(0.5)))
+    slow = asyncio.ensure_future(journal.do(lambda _: time.sleep(1.0)))
     longest, last = 0.0, time.monotonic()
     while not slow.done():
         await asyncio.sleep(0.005)
         now = time.monotonic()
         longest, last = max(longest, now - last), now
-    assert longest < 0.25
+    assert longest < 0.7
 
 
 async def test_a_deletion_is_answered_when_no_byte_is_left(journal: JournalThread) -> None:

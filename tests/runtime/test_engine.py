@@ -197,7 +197,7 @@ async def test_cancelling_in_the_middle_of_a_prefill_stops_it_at_the_next_step(b
 
 
 async def test_cancelling_while_decoding_frees_the_slot_at_the_next_step(bench: Bench) -> None:
-    bench.context.pace = 0.002
+    bench.context.pace = 0.02
     generation = bench.submit([1])
     async for event in generation:
         if isinstance(event, Piece):
@@ -210,7 +210,7 @@ async def test_cancelling_while_decoding_frees_the_slot_at_the_next_step(bench: 
 
 
 async def test_dropping_a_generation_cancels_it(bench: Bench) -> None:
-    bench.context.pace = 0.002
+    bench.context.pace = 0.02
     async for event in bench.submit([1]):
         if isinstance(event, Piece):
             break

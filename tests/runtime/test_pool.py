@@ -174,7 +174,7 @@ async def test_closing_while_loading_ends_the_load_and_tells_who_waits() -> None
 
 async def test_a_busy_model_is_waited_for_and_never_evicted() -> None:
     shelf = FakeShelf(100, a=80, b=90)
-    pool = shelf.pool(wait=0.1)
+    pool = shelf.pool(wait=0.3)
     async with pool.use("a") as held:
         with pytest.raises(Unavailable, match="answering"):
             await touch(pool, "b")

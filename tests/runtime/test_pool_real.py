@@ -23,6 +23,8 @@ from lichen.shelf import StoreShelf
 from lichen.sync.store import Store
 
 ALONE = "LICHEN_TEST_ALONE"  # set where a test has a process of its own
+if ALONE in os.environ:
+    heap.one_heap()  # before the first thread, as `lichen serve` does
 
 TWO_TOKENS = SamplingOptions(max_tokens=2, temperature=0)
 PROMPT = "1, 2, 3, 4,"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -118,7 +119,7 @@ async def test_a_slot_is_written_before_another_prompt_overwrites_it(
 
 async def test_answers_that_a_closing_engine_cuts_leave_their_tokens(tmp_path: Path) -> None:
     async with running(tmp_path) as bench:
-        bench.context.pace = 0.002
+        bench.context.pace = 0.05
         async for event in bench.submit([*SYSTEM, 1], max_tokens=90):
             if isinstance(event, Piece):
                 break
@@ -130,22 +131,21 @@ async def test_answers_that_a_closing_engine_cuts_leave_their_tokens(tmp_path: P
 async def test_streams_go_on_while_the_disk_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with running(tmp_path) as bench:
         await bench.cached([*SYSTEM, 1])
-    original = SpillStore.read
+    original, disk = SpillStore.read, threading.Event()
 
     def slow(self: SpillStore, entry: int) -> bytearray | None:
-        time.sleep(0.3)
+        assert disk.wait(20)
         return original(self, entry)
 
     monkeypatch.setattr(SpillStore, "read", slow)
     async with running(tmp_path) as bench:
-        bench.context.pace = 0.001
         stream = bench.submit([5], max_tokens=90)
         waiting = asyncio.ensure_future(bench.cached([*SYSTEM, 2]))
-        await asyncio.sleep(0.06)
-        assert bench.engine.counters().completion_tokens > 10
-        assert bench.engine.counters().running == 1
-        assert await waiting == len(SYSTEM)
         await stream.text()
+        assert not waiting.done()
+        assert bench.engine.counters().completion_tokens == 90
+        disk.set()
+        assert await waiting == len(SYSTEM)
 
 
 async def test_many_who_wait_for_one_beginning_read_it_once(tmp_path: Path) -> None:

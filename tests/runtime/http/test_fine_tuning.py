@@ -217,10 +217,11 @@ async def test_the_trainer_waits_while_requests_run(
         assert "lichen_training_loss 2.0" in metrics
         assert "lichen_training_tokens_per_second 100.0" in metrics
         monkeypatch.setattr(learned, "_busy", lambda: True)
-        await asyncio.sleep(0.4)
-        stands = reached(learned)
-        await asyncio.sleep(0.4)
-        assert reached(learned) == stands, "no step while somebody is answered"
+        async with asyncio.timeout(10):  # no step while somebody is answered
+            stands = -1
+            while reached(learned) != stands:
+                stands = reached(learned)
+                await asyncio.sleep(0.4)
         monkeypatch.setattr(learned, "_busy", lambda: False)
         async with asyncio.timeout(5):
             while reached(learned) <= stands:
@@ -280,6 +281,7 @@ async def test_pairs_do_not_go_with_supervised(served: ServedModel, tmp_path: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 async def test_the_real_trainer_teaches_the_real_model(served: ServedModel, tmp_path: Path) -> None:
     """A few steps on one answer: the job succeeds, what was held out is answered better, and it serves."""
     lines = b"".join(
@@ -301,7 +303,7 @@ async def test_the_real_trainer_teaches_the_real_model(served: ServedModel, tmp_
             suffix="secret",
             hyperparameters={"n_epochs": 2, "batch_size": 4},
         )
-        async with asyncio.timeout(120):
+        async with asyncio.timeout(900):
             while not (found := await client.fine_tuning.jobs.retrieve(job.id)).finished_at:
                 await asyncio.sleep(0.2)
         assert found.status == "succeeded", found.error
