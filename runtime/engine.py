@@ -163,6 +163,8 @@ class Engine:
 
     def _read_inbox(self, *, block: bool = True) -> None:
         """Carry out commands; sleep for one when there is nothing to compute."""
+        if self._running and self._inbox.empty():
+            return
         nothing = not self._running and (not self._waiting or self._stalled)
         wait = block and nothing and not self._closed()
         while True:
@@ -184,6 +186,9 @@ class Engine:
         """Give free slots to waiting sequences, oldest first."""
         if self.state == "failed":
             self._fail_all(self._admission.failure)
+        if not self._waiting:
+            self._stalled = False
+            return
         passed: deque[Sequence] = deque()
         while self._waiting and self._slots.free:
             sequence = self._waiting.popleft()
@@ -218,8 +223,8 @@ class Engine:
         """One turn: plan, draft, decode, draw, deliver."""
         began, drawn = time.perf_counter(), self._counters.completion_tokens
         chunks = self.speculation.extend(self.scheduler.plan(self._running))
-        # llama.cpp computes streams together only where their slots follow on each other in the batch.
-        chunks.sort(key=lambda chunk: slot_of(chunk.sequence))
+        if len(chunks) > 1:  # llama.cpp computes streams together only where their slots follow on each other
+            chunks.sort(key=lambda chunk: slot_of(chunk.sequence))
         switches = self.adapters.switches
         if not self._decode(chunks):
             return
@@ -323,14 +328,15 @@ class Engine:
             return None
         sequence.tokens.append(token)
         self._counters.completion_tokens += 1
-        if reason := self._tell(sequence, token, drafted=token in guess):
+        if reason := self._tell(sequence, drawing, token, drafted=token in guess):
             self._finish(sequence, reason)
             return None
         return token
 
-    def _tell(self, sequence: Sequence, token: int, *, drafted: bool) -> FinishReason | None:
+    def _tell(
+        self, sequence: Sequence, drawing: Drawing, token: int, *, drafted: bool
+    ) -> FinishReason | None:
         """Give out the text of a drawn token; why the answer ends with it, if it does."""
-        drawing = self._running[sequence]
         if self.model.is_end(token):
             return "stop"
         if piece := drawing.show(token, drafted):
@@ -342,6 +348,7 @@ class Engine:
 
     def _held(self, sequence: Sequence) -> None:
         self._slots.update(slot_of(sequence), sequence.tokens[: sequence.computed])
+        self._count_now()
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         if piece := self._running[sequence].flush():

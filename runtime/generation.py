@@ -8,6 +8,7 @@ sequence by itself.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 
@@ -19,12 +20,14 @@ from lichen.runtime.sequence import Event, Failed, Finished, Piece, Sequence
 class Mailbox:
     """Events of one sequence, handed from the engine thread to the loop that the mailbox was made on."""
 
-    __slots__ = ("_events", "_waiter", "loop")
+    __slots__ = ("_alarm", "_events", "_patience", "_waiter", "loop")
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self._events: deque[Event] = deque()
         self._waiter: asyncio.Future[None] | None = None
+        self._patience = math.inf  # until when the reader waits, by the loop's clock
+        self._alarm: asyncio.TimerHandle | None = None
 
     def put(self, events: Iterable[Event]) -> None:
         """Add events and wake the reader; on the loop only."""
@@ -36,14 +39,34 @@ class Mailbox:
         """The next event, or None when none came for so many seconds; one reader at a time."""
         if not self._events:
             waiter = self._waiter = self.loop.create_future()
-            alarm = None if seconds is None else self.loop.call_later(seconds, _wake, waiter)
+            self._wait_at_most(seconds)
             try:
                 await waiter
             finally:
                 self._waiter = None
-                if alarm is not None:
-                    alarm.cancel()
         return self._events.popleft() if self._events else None
+
+    def _wait_at_most(self, seconds: float | None) -> None:
+        """Wake the reader after so long. An alarm that rings too early is set again, so that events
+        in quick succession do not set one each."""
+        if seconds is None:
+            self._patience = math.inf
+            return
+        self._patience = self.loop.time() + seconds
+        if self._alarm is not None and self._alarm.when() > self._patience:
+            self._alarm.cancel()
+            self._alarm = None
+        if self._alarm is None:
+            self._alarm = self.loop.call_at(self._patience, self._ring)
+
+    def _ring(self) -> None:
+        self._alarm = None
+        if self._waiter is None or self._patience == math.inf:
+            return
+        if self.loop.time() < self._patience:
+            self._alarm = self.loop.call_at(self._patience, self._ring)
+        else:
+            _wake(self._waiter)
 
 
 def _wake(waiter: asyncio.Future[None]) -> None:

@@ -445,7 +445,7 @@ class Context:
 
         pointer = self._lib.llama_get_logits_ith(self._pointer, index)
         address = ctypes.addressof(pointer.contents)
-        return np.ctypeslib.as_array(self._row.from_address(address))
+        return np.frombuffer(self._row.from_address(address), np.float32)
 
     def state(self, index: int) -> Any:
         """Last hidden state [hidden] float32, normalized, after batch entry `index`: a view, valid until the

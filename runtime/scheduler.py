@@ -85,8 +85,11 @@ class Scheduler:
 
     def plan(self, live: Iterable[Sequence]) -> list[Chunk]:
         """The next step's chunks, at most one a sequence; empty when nothing can be computed."""
+        members = list(live)
+        if len(members) == 1:
+            return [self._alone(members[0])]
         parties: dict[Party, list[Sequence]] = {}
-        for sequence in live:
+        for sequence in members:
             party = sequence.id if sequence.options.deterministic else sequence.adaptation
             parties.setdefault(party, []).append(sequence)
         if not parties:
@@ -102,6 +105,13 @@ class Scheduler:
         self._steps += 1
         self._tokens += sum(chunk.count for chunk in chunks)
         return chunks
+
+    def _alone(self, sequence: Sequence) -> Chunk:
+        """As much of it as a step takes. Who is alone owes nobody a turn."""
+        self._groups.clear()
+        self._turns.clear()
+        self._party = None
+        return Chunk(sequence, sequence.computed, min(sequence.remaining, self.budget.step))
 
     def _next(self, parties: dict[Party, list[Sequence]]) -> Party:
         """Whose step it is; whoever is gone is forgotten."""
