@@ -109,8 +109,7 @@ class Engine:
         """A snapshot of the counters; who was admitted and does not run yet is waiting."""
         now = msgspec.structs.replace(self._counters)
         now.waiting = max(0, self._admission.count - now.running)
-        now.restored_tokens = self._warmth.restored_tokens
-        now.spilled_tokens = self._warmth.spilled_tokens
+        now.restored_tokens, now.spilled_tokens = self._warmth.restored_tokens, self._warmth.spilled_tokens
         now.adapter_switches = self.adapters.switches
         return now
 
@@ -137,15 +136,15 @@ class Engine:
         import numpy  # noqa: F401 - 0.1 s that the first answer need not wait for
 
         try:
-            while not self._closed():
+            while self.state != "closed":
                 self._read_inbox()
                 self._admit()
-                if self._running and not self._closed():
+                if self._running and self.state != "closed":
                     self._step()
         except BaseException as error:  # a defect of ours: nobody may wait for ever because of it
             log.exception("The engine stopped on an internal error.")
             self._die(EngineError(f"The engine stopped on an internal error ({type(error).__name__})."))
-            while not self._closed():
+            while self.state != "closed":
                 self._read_inbox()
                 self._fail_all(self._admission.failure)
         finally:
@@ -158,15 +157,12 @@ class Engine:
             self.adapters.close()
             self.context.close()
 
-    def _closed(self) -> bool:
-        return self.state == "closed"
-
     def _read_inbox(self, *, block: bool = True) -> None:
         """Carry out commands; sleep for one when there is nothing to compute."""
         if self._running and self._inbox.empty():
             return
         nothing = not self._running and (not self._waiting or self._stalled)
-        wait = block and nothing and not self._closed()
+        wait = block and nothing and self.state != "closed"
         while True:
             try:
                 command = self._inbox.get(wait, self._warmth.patience)
@@ -184,11 +180,11 @@ class Engine:
 
     def _admit(self) -> None:
         """Give free slots to waiting sequences, oldest first."""
-        if self.state == "failed":
-            self._fail_all(self._admission.failure)
         if not self._waiting:
             self._stalled = False
             return
+        if self.state == "failed":
+            self._fail_all(self._admission.failure)
         passed: deque[Sequence] = deque()
         while self._waiting and self._slots.free:
             sequence = self._waiting.popleft()
@@ -223,7 +219,7 @@ class Engine:
         """One turn: plan, draft, decode, draw, deliver."""
         began, drawn = time.perf_counter(), self._counters.completion_tokens
         chunks = self.speculation.extend(self.scheduler.plan(self._running))
-        if len(chunks) > 1:  # llama.cpp computes streams together only where their slots follow on each other
+        if len(chunks) > 1:  # llama.cpp computes streams together where their slots follow on each other
             chunks.sort(key=lambda chunk: slot_of(chunk.sequence))
         switches = self.adapters.switches
         if not self._decode(chunks):
@@ -315,11 +311,10 @@ class Engine:
             self._counters.first_tokens += 1
             self._counters.ttft_s += now - sequence.submitted_at
             self._held(sequence)
-        if self.observer is not None:
-            if sequence.drawn:
-                self.observer.token_gap(now - sequence.last_token_at)
-            else:
+            if self.observer is not None:
                 self.observer.first_token(now - sequence.submitted_at)
+        elif self.observer is not None:
+            self.observer.token_gap(now - sequence.last_token_at)
         sequence.last_token_at = now
         try:
             token = drawing.draw(self.context, index)
@@ -328,14 +323,12 @@ class Engine:
             return None
         sequence.tokens.append(token)
         self._counters.completion_tokens += 1
-        if reason := self._tell(sequence, drawing, token, drafted=token in guess):
+        if reason := self._tell(sequence, drawing, token, token in guess):
             self._finish(sequence, reason)
             return None
         return token
 
-    def _tell(
-        self, sequence: Sequence, drawing: Drawing, token: int, *, drafted: bool
-    ) -> FinishReason | None:
+    def _tell(self, sequence: Sequence, drawing: Drawing, token: int, drafted: bool) -> FinishReason | None:
         """Give out the text of a drawn token; why the answer ends with it, if it does."""
         if self.model.is_end(token):
             return "stop"
