@@ -84,6 +84,7 @@ def test_its_own_answers_are_exact(scorer: EngineScorer, examples: list[Example]
     assert again.answer == answers[0].answer[: 1 + answers[0].answer.index(answers[0].answer[2])]
 
 
+@pytest.mark.slow
 def test_a_bad_version_does_not_serve_and_a_better_one_takes_its_place(
     model_path: Path, examples: list[Example], tmp_path: Path
 ) -> None:

@@ -19,7 +19,7 @@ from lichen.runtime.served_model import ServedModel
 from tests.conftest import RunningDaemon
 from tests.runtime.plain_loop import Step, plain_loop
 
-LENGTH = 48
+LENGTH = 32
 NEAR_TIE = 0.35  # logits; what rounding of 4-bit weights in another batch shape can turn over
 GREEDY = SamplingOptions(temperature=0, max_tokens=LENGTH)
 

@@ -31,7 +31,14 @@ def measured(path: Path, *numbers: int) -> dict[str, int]:
     return figures
 
 
-SETTINGS = [(256, 1, 256), (512, 2, 64), (1024, 16, 256), (4096, 4, 256), (8192, 1, 1024)]
+SETTINGS = [
+    (512, 2, 64),
+    (1024, 16, 256),
+    *(
+        pytest.param(numbers, marks=pytest.mark.slow)
+        for numbers in ((256, 1, 256), (4096, 4, 256), (8192, 1, 1024))
+    ),
+]
 
 
 @pytest.mark.parametrize("numbers", SETTINGS)

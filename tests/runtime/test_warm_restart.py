@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,10 +18,9 @@ QUESTION = "What do people carry over the bridge?"
 WORDS = "Keep in mind that the old river number {} turns under bridge {} while people carry fruit. "
 
 
-@pytest.fixture(scope="module")
-def conversation() -> list[dict[str, str]]:
-    """About 2,000 tokens of a system prompt, and a question."""
-    system = "".join(WORDS.format(n, n * 7 % 13) for n in range(97))
+def conversation(sentences: int) -> list[dict[str, str]]:
+    """A system prompt of about 21 tokens a sentence, and a question."""
+    system = "".join(WORDS.format(n, n * 7 % 13) for n in range(sentences))
     return [{"role": "system", "content": system}, {"role": "user", "content": QUESTION}]
 
 
@@ -47,11 +45,6 @@ class Loads:
             await asyncio.to_thread(served.close)
 
 
-@pytest.fixture(scope="module")
-def loads(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loads]:
-    yield Loads(model_path, tmp_path_factory.mktemp("prefix-cache"))
-
-
 def assert_equal_up_to_a_tie(loads: Loads, answer: list[int], cold: list[int]) -> None:
     """Both are the plain loop's greedy answer as far as they go without a near-tie."""
     if answer == cold:
@@ -63,30 +56,31 @@ def assert_equal_up_to_a_tie(loads: Loads, answer: list[int], cold: list[int]) -
                 return
 
 
+@pytest.mark.parametrize("sentences", [30, pytest.param(97, marks=pytest.mark.slow)])
 async def test_a_long_system_prompt_is_warm_after_a_restart(
-    loads: Loads, conversation: list[dict[str, str]]
+    model_path: Path, tmp_path: Path, sentences: int
 ) -> None:
-    cold, end, cold_s = await loads.ask(conversation)
+    loads, asked = Loads(model_path, tmp_path), conversation(sentences)
+    cold, end, cold_s = await loads.ask(asked)
     assert end.usage.cached_tokens == 0
-    assert end.usage.prompt_tokens > 2000
+    assert end.usage.prompt_tokens > 20 * sentences
     assert len(files(loads.folder)) == 1
-    again, end, warm_s = await loads.ask(conversation)
+    again, end, warm_s = await loads.ask(asked)
     assert end.usage.cached_tokens == end.usage.prompt_tokens - 1
     assert_equal_up_to_a_tie(loads, again, cold)
-    other = [conversation[0], {"role": "user", "content": "How many bridges are there?"}]
+    other = [asked[0], {"role": "user", "content": "How many bridges are there?"}]
     _, end, _ = await loads.ask(other)
-    assert end.usage.cached_tokens > 1900
+    assert end.usage.cached_tokens > 19 * sentences
     assert warm_s < cold_s / 2, f"{warm_s:.3f} s warm, {cold_s:.3f} s cold"
 
 
-async def test_a_damaged_file_gives_the_same_right_answer(
-    loads: Loads, conversation: list[dict[str, str]]
-) -> None:
-    cold, _, _ = await loads.ask(conversation)
+async def test_a_damaged_file_gives_the_same_right_answer(model_path: Path, tmp_path: Path) -> None:
+    loads, asked = Loads(model_path, tmp_path), conversation(30)
+    cold, _, _ = await loads.ask(asked)
     for path in files(loads.folder):
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
-    answer, end, _ = await loads.ask(conversation)
+    answer, end, _ = await loads.ask(asked)
     assert end.usage.cached_tokens == 0
     assert_equal_up_to_a_tie(loads, answer, cold)

@@ -84,7 +84,7 @@ def address(daemon: Daemon) -> tuple[str, int]:
 async def drip(daemon: Daemon, head: bytes, then: bytes, seconds: float) -> bytes:
     """Send `head`, then `then` byte by byte, ten a second, until cut; what came back."""
     reader, writer = await asyncio.open_connection(*address(daemon))
-    answer = asyncio.ensure_future(reader.read())
+    answer = asyncio.ensure_future(_until_cut(reader))
     writer.write(head)
     try:
         async with asyncio.timeout(seconds):
@@ -97,6 +97,17 @@ async def drip(daemon: Daemon, head: bytes, then: bytes, seconds: float) -> byte
     finally:
         answer.cancel()
         writer.transport.abort()
+
+
+async def _until_cut(reader: asyncio.StreamReader) -> bytes:
+    """What comes before the end; a reset is an end too: it comes where the last byte met a closed socket."""
+    came = b""
+    try:
+        while data := await reader.read(65_536):
+            came += data
+    except ConnectionResetError:
+        pass
+    return came
 
 
 async def stall(daemon: Daemon, path: str) -> socket.socket:
