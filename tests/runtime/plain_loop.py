@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from lichen.runtime.native import DECODE_OK, Context, ContextSize, Model
 
 CHUNK = 256  # tokens a decode takes at most, as the engine's step
@@ -42,11 +44,10 @@ def plain_loop(
             done += len(part)
             if done < len(tokens):
                 continue
-            logits = native.logits(len(part) - 1).tolist()
-            best = max(logits)
-            first = logits.index(best)
-            logits[first] = float("-inf")
-            steps.append(Step(first, best - max(logits)))
+            logits = native.logits(len(part) - 1)
+            first = int(logits.argmax())
+            second, best = np.partition(logits, -2)[-2:]
+            steps.append(Step(first, float(best - second)))
             tokens.append(first)
             if model.is_end(first):
                 break

@@ -51,8 +51,16 @@ Plain = tuple[Model, Callable[[list[int], int], list[Step]]]
 
 @pytest.fixture(scope="module")
 def plain(model_path: Path) -> Iterator[Plain]:
-    with plain_loop(model_path) as loop:
-        yield loop
+    with plain_loop(model_path) as (model, run):
+        known: dict[tuple[int, ...], list[Step]] = {}
+
+        def once(prompt: list[int], length: int) -> list[Step]:
+            key = (*prompt, length)
+            if key not in known:
+                known[key] = run(prompt, length)
+            return known[key]
+
+        yield model, once
 
 
 def messages(question: str) -> list[dict[str, str]]:
