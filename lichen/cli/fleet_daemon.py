@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import lichen
+from lichen.cli.fleet_adapters import follow
 from lichen.config import Config
 from lichen.errors import LichenError
 from lichen.runtime.pool import ModelPool
@@ -36,7 +37,7 @@ Result = TypeVar("Result")
 
 
 class Mover:
-    """Lets the names `fleet:NAME` mean the version in use once it is confirmed."""
+    """Lets the names `fleet:NAME` mean the version in use once it is confirmed, and adapters serve."""
 
     def __init__(self, config: Config, pool: ModelPool) -> None:
         self._config, self._pool = config, pool
@@ -60,6 +61,8 @@ class Mover:
         if stamp == self._seen and now < self._again_at:
             return
         self._seen, self._again_at = stamp, math.inf
+        for line in await asyncio.to_thread(follow, self._config, self._slots):
+            log.info("%s", line)
         slots = await asyncio.to_thread(self._slots.mendable)
         for slot, found in slots.items():
             kind, _, name = slot.partition("/")
