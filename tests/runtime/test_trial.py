@@ -32,7 +32,8 @@ async def test_an_adapter_is_tried_over_its_model(
     trial: EngineTrial, model_path: Path, tmp_path: Path
 ) -> None:
     alone = version("models/it", model_path)
-    adapter = version("adapters/it", write_made(tmp_path / "it.gguf", model_path, 1, strength=0.5), model_path)
+    file = write_made(tmp_path / "it.gguf", model_path, 1, strength=0.5)
+    adapter = version("adapters/it", file, model_path)
     (plain,) = await trial.answers(alone, PROMPTS)
     (adapted,) = await trial.answers(adapter, PROMPTS)
     assert plain.tokens > 0 and plain.text.strip() and adapted.text != plain.text
