@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lichen.errors import DiskFull, ModelFileError, StoreError, TensorError
-from lichen.quant.gguf import GGMLType, GGUFFile, Value, ValueType, open_gguf, write_gguf
+from lichen.quant.gguf import GGMLType, GGUFFile, Value, ValueType, open_gguf, write_gguf, write_split
 from lichen.quant.gguf_check import check_gguf
 from tests.quant.tiny_gguf import METADATA, WIDTH, tiny_gguf
 
@@ -354,3 +354,54 @@ def test_parts_that_are_missing_or_cut_or_misnamed_are_refused(tmp_path: Path) -
     paths[2].write_bytes(whole)
     with pytest.raises(ModelFileError, match="its name does not"):
         open_gguf(paths[0].rename(tmp_path / "model.gguf"))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.integers(1, 40), max_size=6), st.integers(1, 1200), st.sampled_from([None, 64]))
+def test_what_is_written_in_parts_reads_as_the_whole(
+    tmp_path: Path, sizes: list[int], part_bytes: int, alignment: int | None
+) -> None:
+    tensors: list[Item] = [
+        (f"t{number}", GGMLType.F32, (size,), np.full(size, number, np.float32))
+        for number, size in enumerate(sizes)
+    ]
+    write_gguf(tmp_path / "whole.gguf", MODEL, tensors, alignment=alignment)
+    paths = write_split(tmp_path / "parts.gguf", MODEL, tensors, part_bytes=part_bytes, alignment=alignment)
+    for path in paths:
+        with open_gguf(path, model=False) as file:
+            assert list(file.parts) == paths
+            held = [sum(one.data.nbytes for one in part) for part in by_part(file)]
+            assert all(size <= max(part_bytes, 160) for size in held)
+            write_gguf(tmp_path / "again.gguf", file.metadata, items(file))
+        assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+    for path in paths:
+        path.unlink()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["again.gguf", "whole.gguf"]
+
+
+def by_part(file: GGUFFile) -> list[list[Any]]:
+    """The tensors of each file."""
+    found = []
+    for part in file.parts:
+        names = {str(name) for name in (tensor.name for tensor in gguf.GGUFReader(part).tensors)}
+        found.append([tensor for name, tensor in file.tensors.items() if name in names])
+    return found
+
+
+def test_parts_that_cannot_be_written_leave_nothing(tmp_path: Path) -> None:
+    many: list[Item] = [(f"t{number}", GGMLType.F32, (1,), bytes(4)) for number in range(3)]
+    broken: list[Item] = [*many, ("t2", GGMLType.F32, (1,), bytes(4))]
+    lying: list[Item] = [*many, ("t3", GGMLType.F32, (1,), lambda: [bytes(8)])]
+    for tensors, size, words in (
+        (many, 0, "hold nothing"),
+        (many, -5, "hold nothing"),
+        (lying, 64, "8 were given"),
+        ([(f"t{number}", GGMLType.F32, (1,), bytes(4)) for number in range(1 << 16)], 1, "65,536 files"),
+        (broken, 1 << 20, "tensor t2 is there twice"),
+        (broken, 32, "tensor t2 is there twice"),
+    ):
+        with pytest.raises(ModelFileError, match=words):
+            write_split(tmp_path / "model.gguf", {}, tensors, part_bytes=size)
+    with pytest.raises(StoreError, match="cannot be written"):
+        write_split(tmp_path / "missing" / "model.gguf", {}, many, part_bytes=32)
+    assert list(tmp_path.iterdir()) == []
