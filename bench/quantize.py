@@ -45,13 +45,15 @@ if TYPE_CHECKING:
     from lichen.models.mixture import Mixer
 
 WINDOW, MEASURED_WINDOW = 512, 128
+# five from 2.5 to 5 bits a weight, and two that are often downloaded
+TABLE = ("Q2_0", "Q2_K_pure", "Q3_K_pure", "IQ4_XS_pure", "Q4_0_pure", "Q3_K_M", "Q4_K_M")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make all files, score them, print the table and one JSON line, write the result."""
     flags = argparse.ArgumentParser(prog="python -m bench.quantize", description=__doc__)
     flags.add_argument("--model", default="smollm2-135m", help="a GGUF file, or a model of lichen's store")
-    flags.add_argument("--mixtures", nargs="+", default=list(MIXTURES), choices=MIXTURES)
+    flags.add_argument("--mixtures", nargs="+", default=TABLE, choices=MIXTURES)
     flags.add_argument("--dither", action="store_true", help="take the model's grid away first")
     flags.add_argument("--calibration-tokens", type=int, default=64 * WINDOW)
     flags.add_argument("--measure-tokens", type=int, default=4 * MEASURED_WINDOW)
@@ -227,7 +229,7 @@ class Run:
     ) -> tuple[dict[tuple[str, str], Path], dict[str, Any]]:
         """lichen's files for the same bytes, and how well single tensors were rated."""
         from lichen.models.load import build_model
-        from lichen.models.mixture import ROUNDS, Mixer
+        from lichen.models.mixture import Mixer
         from lichen.models.sensitivity import Measure
 
         tokens = self._tokens(calibration_text(self.options.data))
@@ -241,11 +243,8 @@ class Run:
         files: dict[tuple[str, str], Path] = {}
         for name, budget in budgets.items():
             path = self.options.work / f"lichen-{name}.gguf"
-            mixture = self._timed(
-                f"choice {name}", partial(mixer.choose, budget, ratings, rounds=0 if files else ROUNDS)
-            )
+            mixture = self._timed(f"choice {name}", partial(mixer.choose, budget, ratings))
             print(f"{name}: KL {mixture.predicted:.4g} -> {mixture.measured:.4g}", file=sys.stderr)
-            ratings = mixture.ratings
             quantize_file(file, path, mixture.types, importance=importance)
             files[name, "lichen"] = path
         return files, check

@@ -31,7 +31,16 @@ from lichen.quant.gguf_split import SPLIT_KEYS, write_split
 from lichen.quant.gguf_values import Metadata, Value
 from lichen.quant.gguf_write import write_gguf
 
-__all__ = ["GGMLType", "GGUFFile", "GGUFTensor", "Value", "ValueType", "open_gguf", "write_gguf", "write_split"]
+__all__ = [
+    "GGMLType",
+    "GGUFFile",
+    "GGUFTensor",
+    "Value",
+    "ValueType",
+    "open_gguf",
+    "write_gguf",
+    "write_split",
+]
 
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 

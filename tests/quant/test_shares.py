@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 
 import pytest
@@ -14,7 +15,7 @@ from lichen.quant.shares import diminishing, share_out
 @given(st.integers(0, 1 << 40), st.integers(0, 1 << 20), st.integers(1, 256))
 def test_cuts_cover_everything_in_few_pieces_that_shrink(total: int, least: int, threads: int) -> None:
     cuts = diminishing(total, max(least, total >> 12), threads)
-    sizes = [after - before for before, after in zip(cuts, cuts[1:], strict=False)]
+    sizes = [after - before for before, after in itertools.pairwise(cuts)]
     assert (cuts[0], cuts[-1]) == (0, total)
     assert sizes == sorted(sizes, reverse=True)
     assert all(size >= min(least, total) for size in sizes[:-1])
