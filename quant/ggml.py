@@ -286,7 +286,7 @@ def _refuse_numbers(
     kind: GGMLType, part: npt.NDArray[np.float32], weights: npt.NDArray[np.float32] | None, first: int
 ) -> None:
     """Raises TensorError naming the row. part: [rows, columns], of which the first is row `first`."""
-    peaks = np.abs(part).max(axis=1)  # nan where there is one
+    peaks = np.maximum(part.max(axis=1), -part.min(axis=1))  # nan where there is one
     finite = np.isfinite(peaks)
     if not finite.all():
         raise TensorError(
