@@ -14,7 +14,7 @@ from lichen.models.export import export_model
 from lichen.models.load import load_model
 from lichen.models.packing import pack
 from lichen.quant.formats import GGMLType
-from lichen.quant.gguf import open_gguf, write_split
+from lichen.quant.gguf import open_gguf, write_gguf, write_split
 from lichen.runtime.scoring import NativeScorer
 from tests.models.test_families import text
 from tests.models.tiny_models import FAMILIES, WIDTH, write_tiny
@@ -79,6 +79,19 @@ def test_unknown_architectures(name: str, tmp_path: Path) -> None:
             "m.gguf is of the architecture 'mamba', which lichen cannot train. "
             "It can train gemma3, llama, qwen2, qwen3."
         )
+
+
+@pytest.mark.parametrize("kind", [GGMLType.Q4_1, GGMLType.Q8_0, GGMLType.F16, GGMLType.F32])
+def test_weights_that_are_no_numbers_name_the_tensor(kind: GGMLType, tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "m.gguf", "llama", kind=kind)
+    with open_gguf(path) as file:
+        tensors = [(one.name, one.type, one.shape, one.data.copy()) for one in file.tensors.values()]
+        metadata = dict(file.metadata)
+    row = next(data for name, _, _, data in tensors if name == "blk.1.ffn_up.weight")[5]
+    row[:4] = (0, 0x7E, 0xFF, 0x7F)  # nan as the first F16 and as F32, little endian
+    write_gguf(path, metadata, tensors)
+    with pytest.raises(ModelFileError, match=r"cannot be used: blk\.1\.ffn_up\.weight: Row 5 .* inf or nan"):
+        load_model(path)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
