@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from lichen.models.mixture import Mixer
 
 WINDOW, MEASURED_WINDOW = 512, 128
-# five from 2.5 to 5 bits a weight, and two that are often downloaded
-TABLE = ("Q2_0", "Q2_K_pure", "Q3_K_pure", "IQ4_XS_pure", "Q4_0_pure", "Q3_K_M", "Q4_K_M")
+# four from 4.2 to 4.7 bits a weight, and two that are often downloaded
+TABLE = ("Q2_K_pure", "Q3_K_pure", "IQ4_XS_pure", "Q4_0_pure", "Q3_K_M", "Q4_K_M")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
