@@ -45,6 +45,11 @@ class Admission:
         self._idle.set()
         self._started_at = time.perf_counter()
 
+    @property
+    def closed(self) -> bool:
+        """Whether the end has come."""
+        return self.state == "closed"
+
     def enter(self, count: int, counters: Counters) -> None:
         """Admit `count` sequences, all or none, and count them. Raises QueueFull, Unavailable, or the
         failure of the engine."""

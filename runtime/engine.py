@@ -136,15 +136,15 @@ class Engine:
         import numpy  # noqa: F401 - 0.1 s that the first answer need not wait for
 
         try:
-            while self.state != "closed":
+            while not self._admission.closed:
                 self._read_inbox()
                 self._admit()
-                if self._running and self.state != "closed":
+                if self._running and not self._admission.closed:
                     self._step()
         except BaseException as error:  # a defect of ours: nobody may wait for ever because of it
             log.exception("The engine stopped on an internal error.")
             self._die(EngineError(f"The engine stopped on an internal error ({type(error).__name__})."))
-            while self.state != "closed":
+            while not self._admission.closed:
                 self._read_inbox()
                 self._fail_all(self._admission.failure)
         finally:
@@ -162,7 +162,7 @@ class Engine:
         if self._running and self._inbox.empty():
             return
         nothing = not self._running and (not self._waiting or self._stalled)
-        wait = block and nothing and self.state != "closed"
+        wait = block and nothing and not self._admission.closed
         while True:
             try:
                 command = self._inbox.get(wait, self._warmth.patience)

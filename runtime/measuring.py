@@ -233,13 +233,19 @@ class _Cut:
         return seconds
 
     def resident_bytes(self) -> float:
-        """By how much loading the model makes this process larger; 1 where it does not."""
+        """By how much loading the model makes this process larger; 1 where it does not.
+
+        The smaller of two: the first load may take what the process needs only once.
+        """
+        return float(max(1, min(self._growth(), self._growth())))
+
+    def _growth(self) -> int:
         heap.trim()
         before = memory.resident()
         model = native.Model(self._path)
         grown = memory.resident() - before
         model.close()
-        return float(max(1, grown))
+        return grown
 
     def buffer_bytes(self, tokens: int) -> float:
         """Bytes for the activations and logits of batches of so many tokens."""

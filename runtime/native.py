@@ -444,8 +444,8 @@ class Context:
         import numpy as np
 
         pointer = self._lib.llama_get_logits_ith(self._pointer, index)
-        address = ctypes.addressof(pointer.contents)
-        return np.frombuffer(self._row.from_address(address), np.float32)
+        row: Any = self._row.from_address(ctypes.addressof(pointer.contents))
+        return np.frombuffer(row, np.float32)
 
     def state(self, index: int) -> Any:
         """Last hidden state [hidden] float32, normalized, after batch entry `index`: a view, valid until the

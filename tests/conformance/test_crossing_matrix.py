@@ -342,7 +342,7 @@ def asker(client: httpx.Client, number: int, combination: Combination) -> Logpro
         prompt = tokens(client.post(f"{root}/apply-template", json=spoken).json()["prompt"])
         prompt += [token for row in rows for token in tokens(bytes(row["bytes"]).decode())]
         text = rest.decode()
-        candidates = {one[0] for length in range(1, 16) if (one := tokens(text[:length]))[1:] == []}
+        candidates = {one[0] for length in range(1, 16) if len(one := tokens(text[:length])) == 1}
         if not candidates:
             return float("-inf")
         forced = {
