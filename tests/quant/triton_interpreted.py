@@ -8,7 +8,10 @@ is imported and then holds for the whole process. By hand:
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -217,6 +220,17 @@ def test_leading_axes_strides_and_no_tokens_at_all() -> None:
     assert matmul_transposed(torch.zeros(0, rows), stored, kind, rows, columns).shape == (0, columns)
 
 
+def counted(product: Callable[..., torch.Tensor], calls: list[str]) -> Callable[..., torch.Tensor]:
+    """The same product, which writes its name down."""
+
+    @functools.wraps(product)
+    def call(*given: Any) -> torch.Tensor:
+        calls.append(product.__name__)
+        return product(*given)
+
+    return call
+
+
 @pytest.mark.parametrize("kind", [*TYPES, GGMLType.Q5_0], ids=lambda kind: kind.name)
 def test_a_layer_takes_the_kernels_where_they_serve(kind: GGMLType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and the gradient of the input, beside a dense layer; types without kernels go through ggml."""
@@ -230,9 +244,7 @@ def test_a_layer_takes_the_kernels_where_they_serve(kind: GGMLType, monkeypatch:
         tensors.append(GGUFTensor("w", kind, (rows, columns), stored))
     calls: list[str] = []
     for name in ("matmul", "matmul_transposed"):
-        plain = getattr(triton_kernels, name)
-        counted = lambda *given, plain=plain, name=name: (calls.append(name), plain(*given))[1]  # noqa: E731
-        monkeypatch.setattr(triton_kernels, name, counted)
+        monkeypatch.setattr(triton_kernels, name, counted(getattr(triton_kernels, name), calls))
     bias = torch.linspace(-1, 1, rows)
     layer = QuantLinear(tensors[0], bias)
     for tensor in (*tensors, tensors[0]):  # measurements exchange a layer's tensor
