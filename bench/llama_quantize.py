@@ -15,8 +15,12 @@ from bench.peer import BenchError
 from lichen.quant.importance import Importance
 from lichen.runtime import native
 
-# llama.h, enum llama_ftype
-MIXTURES = {"Q2_K": 10, "IQ4_XS": 30, "Q3_K_M": 12, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_0": 8}
+# name -> (number in llama.h's enum llama_ftype, whether it is one type for all, as of llama-quantize --pure)
+MIXTURES = {
+    "Q2_0": (41, False), "Q2_K_pure": (10, True), "Q3_K_pure": (12, True), "IQ4_XS_pure": (30, True),
+    "Q4_0_pure": (2, True), "Q2_K": (10, False), "IQ4_XS": (30, False), "Q3_K_M": (12, False),
+    "Q4_K_S": (14, False), "Q4_K_M": (15, False), "Q5_0": (8, False),
+}  # fmt: skip
 
 
 def llama_quantize(
@@ -26,7 +30,7 @@ def llama_quantize(
     logging.getLogger("lichen.native").setLevel(logging.ERROR)  # it tells of every fallback of a type
     lib = native._library_with_log()
     params = lib.llama_model_quantize_default_params()
-    params.nthread, params.ftype = threads, MIXTURES[mixture]
+    params.nthread, (params.ftype, params.pure) = threads, MIXTURES[mixture]
     kept: list[Any] = []
     if importance is not None:
         rows = (lib.llama_model_imatrix_data * (len(importance) + 1))()  # ends with an empty one

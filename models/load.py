@@ -11,6 +11,7 @@ from lichen.models import families
 from lichen.models.decoder import Decoder
 from lichen.models.metadata import Metadata
 from lichen.models.weights import Weights
+from lichen.quant import ggml
 from lichen.quant.gguf import GGUFFile, open_gguf
 
 
@@ -20,16 +21,31 @@ def supported() -> list[str]:
 
 
 def load_model(path: Path) -> Decoder:
-    """Map a GGUF and build its model over the mapped bytes; nothing of the matrices is read yet.
+    """Map a GGUF and build its model over the mapped bytes, whose numbers are checked.
 
     Raises ModelFileError for an unsound file, an architecture without a family, metadata of the wrong
-    type, a missing or surplus tensor, or a shape that is not what the metadata promises.
+    type, a missing or surplus tensor, a shape that is not what the metadata promises, or weights that are
+    inf or nan.
     """
-    return build_model(open_gguf(path))
+    file = open_gguf(path)
+    model = build_model(file)
+    _refuse_damaged(file)
+    return model
+
+
+def _refuse_damaged(file: GGUFFile) -> None:
+    """Raises ModelFileError that names the tensor. Reads all of the file, at gigabytes a second."""
+    for tensor in file.tensors.values():
+        try:
+            ggml.check_rows(tensor.type, tensor.data)
+        except ModelFileError as error:
+            raise ModelFileError(
+                f"{file.path.name} cannot be used: {tensor.name}: {error.message}", hint=error.hint
+            ) from error
 
 
 def build_model(file: GGUFFile) -> Decoder:
-    """The same over an opened file."""
+    """The same over an opened file, of whose matrices nothing is read yet."""
     name = file.path.name
     metadata, weights = Metadata(file.metadata, name), Weights(file)
     if metadata.architecture not in supported():

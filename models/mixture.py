@@ -31,9 +31,9 @@ from lichen.quant.ledger import Ledger, digest
 from lichen.quant.quantize import HEADER_ROOM, header_bytes, read_rows, requantized
 
 KINDS = (
-    GGMLType.Q2_K, GGMLType.IQ3_XXS, GGMLType.IQ3_S, GGMLType.IQ4_XS, GGMLType.Q4_0, GGMLType.IQ4_NL,
-    GGMLType.Q4_K, GGMLType.Q4_1, GGMLType.Q5_0, GGMLType.Q5_K, GGMLType.Q5_1, GGMLType.Q6_K,
-    GGMLType.Q8_0, GGMLType.F16,
+    GGMLType.IQ2_S, GGMLType.Q2_K, GGMLType.IQ3_XXS, GGMLType.IQ3_S, GGMLType.MXFP4, GGMLType.IQ4_XS,
+    GGMLType.Q4_0, GGMLType.IQ4_NL, GGMLType.Q4_K, GGMLType.Q4_1, GGMLType.Q5_0, GGMLType.Q5_K,
+    GGMLType.Q5_1, GGMLType.Q6_K, GGMLType.Q8_0, GGMLType.F16,
 )  # fmt: skip
 ANCHOR = GGMLType.Q4_0  # its blocks fit nearly every row, and its error is well above rounding
 SAMPLE = 1 << 16  # weights of a tensor whose quantization error is looked at

@@ -2,11 +2,11 @@
 
 Reading copies nothing: a tensor's `data` is the file's own page cache. A split file (`-00001-of-00003`)
 reads as one, whichever of its parts is named. Writing streams, and the file gets its name only when it is
-whole and has passed the check that every other file must pass.
+whole and has passed the check that every other file must pass. `write_split` writes parts.
 
 Invariants: nothing of a file is used before `gguf_header.py` (and, for a model, `gguf_check.py`) has
 checked it. Views stay valid after `close`: the mapping ends with the last of them.
-Not covered: big-endian files, writing in parts. A file that another process cuts short while it is mapped
+Not covered: big-endian files. A file that another process cuts short while it is mapped
 ends this one (SIGBUS), as with any mapping; lichen's store never changes a file in place.
 """
 
@@ -27,13 +27,22 @@ from lichen.errors import ModelFileError
 from lichen.quant.formats import INTEGERS, GGMLType, ValueType, row_bytes
 from lichen.quant.gguf_check import check_model
 from lichen.quant.gguf_header import Header, HeaderValue, TensorSpan, read_header
+from lichen.quant.gguf_split import SPLIT_KEYS, write_split
 from lichen.quant.gguf_values import Metadata, Value
 from lichen.quant.gguf_write import write_gguf
 
-__all__ = ["GGMLType", "GGUFFile", "GGUFTensor", "Value", "ValueType", "open_gguf", "write_gguf"]
+__all__ = [
+    "GGMLType",
+    "GGUFFile",
+    "GGUFTensor",
+    "Value",
+    "ValueType",
+    "open_gguf",
+    "write_gguf",
+    "write_split",
+]
 
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
-_SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,7 +69,7 @@ class GGUFFile:
         self.path = path
         self.parts = tuple(part.path for part in parts)
         own = parts[0].header.metadata
-        kept = own if len(parts) == 1 else {key: own[key] for key in own if key not in _SPLIT_KEYS}
+        kept = own if len(parts) == 1 else {key: own[key] for key in own if key not in SPLIT_KEYS}
         self._metadata: Metadata | None = Metadata(parts[0].data, kept)
         self._tensors = {span.name: _view(part.data, span) for part in parts for span in part.header.tensors}
 

@@ -50,7 +50,7 @@ def write_gguf(
     """
     path = Path(path)
     values = {key: Value.of(content) for key, content in metadata.items()}
-    alignment = _aligned(values, alignment)
+    alignment = settled_alignment(values, alignment)
     with _replacing(path) as file:
         if isinstance(tensors, Sequence):
             _write_header(file, values, [_entry(tensor) for tensor in tensors], alignment)
@@ -65,6 +65,11 @@ def write_gguf(
             _write_header(file, values, entries, alignment)
             spool.seek(0)
             shutil.copyfileobj(spool, file, _COPY)
+
+
+def padded_bytes(tensor: TensorItem, alignment: int) -> int:
+    """Bytes that a tensor takes in a file. Raises as `write_gguf` does."""
+    return -(-_entry(tensor)[3] // alignment) * alignment
 
 
 def _entry(tensor: TensorItem) -> _Entry:
@@ -94,8 +99,8 @@ def _bytes_of(name: str, data: Any) -> memoryview:
         raise ModelFileError(f"The bytes of tensor {name} are no contiguous buffer.") from None
 
 
-def _aligned(values: dict[str, Value], alignment: int | None) -> int:
-    """The alignment, said in the metadata too where it is not the usual one."""
+def settled_alignment(values: dict[str, Value], alignment: int | None) -> int:
+    """The alignment, said in the metadata too where it is not the usual one. Raises ModelFileError."""
     told = values.get("general.alignment")
     wanted = alignment or (told.content if told is not None else 32)
     if wanted not in ALIGNMENTS:

@@ -3,7 +3,8 @@
 The weights stay the read-only bytes of the mapped file, shared by every process that maps it. A product
 dequantizes a tile of rows into a buffer that the thread keeps, multiplies from there while the tile is
 in the cache, and goes on; the gradient for the input dequantizes again. So a layer costs no memory of
-its own, and nothing of the weights is kept between forward and backward.
+its own, and nothing of the weights is kept between forward and backward. On a GPU that `triton_kernels.py`
+serves, a copy of the bytes lies on the card, and its kernels multiply by them as they are.
 
 Dtypes: the dtype of the input decides. float32 is multiplied in float32, what ggml's dequantization
 gives; bfloat16 and float16 round each tile to that dtype first. An active autocast is not followed: on
@@ -13,6 +14,7 @@ Not covered: gradients for the weights (make a layer trainable with `dense`), se
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lichen.errors import TensorError
-from lichen.quant import ggml
+from lichen.quant import ggml, triton_kernels
 from lichen.quant.gguf import GGUFTensor
 
 # float32 elements of a tile: 4 MB. bench/layers.py shows no difference from 1 MB to whole matrices beyond the
@@ -96,6 +98,25 @@ class _Product(torch.autograd.Function):
         return out, None, None
 
 
+class _FusedProduct(torch.autograd.Function):
+    """The same, by kernels that decode the bytes themselves. stored: uint8 [rows, row_bytes], beside x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, stored: Tensor, kind: ggml.GGMLType) -> Tensor:
+        ctx.stored, ctx.kind, ctx.sizes = stored, kind, (len(stored), x.shape[1])
+        return triton_kernels.matmul(x, stored, kind, *ctx.sizes)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, None, None]:
+        (gradient,) = gradients  # [tokens, rows]
+        return triton_kernels.matmul_transposed(gradient, ctx.stored, ctx.kind, *ctx.sizes), None, None
+
+
+@functools.cache
+def _fused(kind: ggml.GGMLType, device: torch.device) -> bool:
+    return triton_kernels.supports(kind, device)
+
+
 def _matrix(tensor: GGUFTensor) -> GGUFTensor:
     if len(tensor.shape) != 2:
         raise TensorError(f"{tensor.name} has the shape {list(tensor.shape)}, but a layer needs a matrix.")
@@ -134,6 +155,7 @@ class QuantLinear(nn.Module):
                 f"The bias of {tensor.name} has the shape {list(bias.shape)}, not [{self.out_features}]."
             )
         self.register_buffer("bias", bias, persistent=False)
+        self._resident: tuple[GGUFTensor, Tensor] | None = None
 
     def forward(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
         """x [..., in_features] to [..., out_features], or to [..., len(rows)] for some of the rows.
@@ -148,12 +170,27 @@ class QuantLinear(nn.Module):
             )
         numbers = None if rows is None else _row_numbers(rows, self.tensor)
         flat = x.reshape(-1, self.in_features)
-        y: Tensor = _Product.apply(flat, self.tensor, numbers)  # type: ignore[no-untyped-call]
+        y: Tensor
+        if numbers is None and _fused(self.tensor.type, x.device):
+            stored = self._bytes_on(x.device)
+            y = _FusedProduct.apply(flat, stored, self.tensor.type)  # type: ignore[no-untyped-call]
+        else:
+            y = _Product.apply(flat, self.tensor, numbers)  # type: ignore[no-untyped-call]
         if self.bias is not None:
             bias = self.bias if rows is None else self.bias[rows.reshape(-1)]
             # y is fresh and its own values are needed by no gradient, so the sum may take its place
             y = y.add_(bias.to(y.dtype))
         return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _bytes_on(self, device: torch.device) -> Tensor:
+        """The stored bytes there, copied once: uint8 [out_features, row_bytes]."""
+        if (
+            self._resident is None
+            or self._resident[0] is not self.tensor
+            or self._resident[1].device != device
+        ):
+            self._resident = self.tensor, torch.from_numpy(self.tensor.data.copy()).to(device)
+        return self._resident[1]
 
     def dequantize(self) -> Tensor:
         """The weights as a new float32 tensor [out_features, in_features]."""

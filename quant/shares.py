@@ -19,6 +19,20 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def diminishing(total: int, least: int, threads: int | None = None) -> list[int]:
+    """Cuts, from 0 to `total`, between pieces for `share_out`: large ones first, `least` or more in each.
+
+    Each piece is half of a thread's share of the rest (after guided self-scheduling: Polychronopoulos and
+    Kuck, 1987). So few pieces wait for the GIL between them, and yet all threads end nearly together. Only
+    the last piece may be smaller than `least`.
+    """
+    count = max(1, cores() if threads is None else threads)
+    cuts = [0]
+    while (rest := total - cuts[-1]) > 0:
+        cuts.append(cuts[-1] + min(rest, max(1, least, rest // (2 * count))))
+    return cuts
+
+
 def share_out(pieces: int, work: Callable[[int], None], threads: int | None = None) -> None:
     """Call `work(0)` to `work(pieces - 1)`, each once, on up to `threads` threads (None: one a core).
 

@@ -9,7 +9,9 @@ own type gives. A weight past 65,504, which fp16 cannot hold, becomes infinite t
 `supports` says whether this path serves a tensor. With TRITON_INTERPRET=1 in the environment before triton
 is imported, Triton's interpreter runs the same kernels on CPU tensors; that is how they are tested.
 
-Not covered: gradients of weights, other formats, autograd (see `linear.py`), and any claim of speed:
+`QuantLinear` (`linear.py`) takes this path where `supports` allows it, and wraps both products for autograd.
+
+Not covered: gradients of weights, other formats, products with some of the rows, and any claim of speed:
 `bench/triton_matmul.py` measures it where there is a GPU.
 """
 
@@ -113,7 +115,8 @@ def _product(
         sizes = (len(flat), rows, columns, weights.shape[1])
         with _current(weights.device):
             _launch(direction, kind, flat, weights, result, sizes)
-    return result.reshape(*left.shape[:-1], across)
+    # not even a view of the same shape, which autograd would not let its caller add to in place
+    return result if left.ndim == 2 else result.reshape(*left.shape[:-1], across)
 
 
 def _launch(

@@ -121,6 +121,26 @@ def command(*words: str, home: Path) -> None:
     app(["--home", str(home), *words], standalone_mode=False, prog_name="lichen")
 
 
+@pytest.mark.slow
+def test_the_default_model_scored_by_both(model_path: Path, tmp_path: Path) -> None:
+    """Real text: both agree on the perplexity, and torch sees the weights of the file without any noise."""
+    text = (Path(__file__).parents[2] / "LICENSE").read_text(encoding="utf-8")
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    done = lichen(
+        *("eval", str(model_path), "--text", str(tmp_path / "text.txt"), "--tokens", "512", "--window", "256"),
+        *("--reference", str(model_path), "--json"),
+        home=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    scores = json.loads(done.stdout)
+    engine, torch = scores["engine"], scores["torch"]
+    assert engine["positions"] == torch["positions"] == 2 * 255
+    assert engine["perplexity"] == pytest.approx(torch["perplexity"], rel=0.02)
+    assert 1 < torch["perplexity"] < 40
+    for scored in (engine, torch):
+        assert abs(scored["kl"]) < 1e-6 and scored["same_top"] == 1
+
+
 def test_eval_refuses_short_texts(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("Hello.")
     words = ("eval", str(folder / "tiny.gguf"), "--text")

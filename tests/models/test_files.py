@@ -14,6 +14,8 @@ from lichen.models.export import export_model
 from lichen.models.load import load_model
 from lichen.models.packing import pack
 from lichen.quant.formats import GGMLType
+from lichen.quant.gguf import open_gguf, write_gguf, write_split
+from lichen.runtime.scoring import NativeScorer
 from tests.models.test_families import text
 from tests.models.tiny_models import FAMILIES, WIDTH, write_tiny
 
@@ -79,6 +81,19 @@ def test_unknown_architectures(name: str, tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize("kind", [GGMLType.Q4_1, GGMLType.Q8_0, GGMLType.F16, GGMLType.F32])
+def test_weights_that_are_no_numbers_name_the_tensor(kind: GGMLType, tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "m.gguf", "llama", kind=kind)
+    with open_gguf(path) as file:
+        tensors = [(one.name, one.type, one.shape, one.data.copy()) for one in file.tensors.values()]
+        metadata = dict(file.metadata)
+    row = next(data for name, _, _, data in tensors if name == "blk.1.ffn_up.weight")[5]
+    row[:4] = (0, 0x7E, 0xFF, 0x7F)  # nan as the first F16 and as F32, little endian
+    write_gguf(path, metadata, tensors)
+    with pytest.raises(ModelFileError, match=r"cannot be used: blk\.1\.ffn_up\.weight: Row 5 .* inf or nan"):
+        load_model(path)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_export_of_an_untouched_model_is_the_file(family: str, tmp_path: Path) -> None:
     path = write_tiny(tmp_path / "m.gguf", family, kind=GGMLType.Q4_1)
@@ -125,3 +140,26 @@ def test_export_of_an_adapted_model_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(TensorError, match=r"blk\.0\.attn_q\.weight.*Sequential.*Merge"):
         export_model(model, tmp_path / "out.gguf")
     assert not (tmp_path / "out.gguf").exists()
+
+
+def test_a_model_in_parts_is_the_same_model(tmp_path: Path) -> None:
+    """Written by lichen, read by lichen and by llama.cpp."""
+    with open_gguf(write_tiny(tmp_path / "m.gguf", "llama", kind=GGMLType.Q8_0)) as file:
+        tensors = [(one.name, one.type, one.shape, one.data) for one in file.tensors.values()]
+        paths = write_split(tmp_path / "m.gguf", file.metadata, tensors, part_bytes=40_000)
+    assert len(paths) > 2
+    tokens = text(20)
+    with torch.no_grad():
+        whole = load_model(tmp_path / "m.gguf")(pack([tokens]))
+        assert torch.equal(load_model(paths[-1])(pack([tokens])), whole)
+    first, other = (native_logits(path, tokens) for path in (paths[0], tmp_path / "m.gguf"))
+    assert np.array_equal(first, other)
+
+
+def native_logits(path: Path, tokens: list[int]) -> Any:
+    """llama.cpp's, float32 [tokens, vocabulary]."""
+    scorer = NativeScorer(path, window=32, threads=1)
+    try:
+        return scorer.logits(tokens)
+    finally:
+        scorer.close()

@@ -8,7 +8,10 @@ is imported and then holds for the whole process. By hand:
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +20,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lichen.errors import TensorError
-from lichen.quant import ggml
+from lichen.quant import ggml, triton_kernels
 from lichen.quant.formats import BLOCKS, GGMLType, row_bytes
+from lichen.quant.gguf import GGUFTensor
+from lichen.quant.linear import QuantLinear
 from lichen.quant.triton_kernels import INTERPRETED_TILE as TILE
 from lichen.quant.triton_kernels import SUPPORTED, matmul, matmul_transposed, supports, tile_sizes
 
@@ -213,6 +218,48 @@ def test_leading_axes_strides_and_no_tokens_at_all() -> None:
     assert matmul(torch.ones(columns), stored, kind, rows, columns).shape == (rows,)
     assert matmul(torch.zeros(2, 0, columns), stored, kind, rows, columns).shape == (2, 0, rows)
     assert matmul_transposed(torch.zeros(0, rows), stored, kind, rows, columns).shape == (0, columns)
+
+
+def counted(product: Callable[..., torch.Tensor], calls: list[str]) -> Callable[..., torch.Tensor]:
+    """The same product, which writes its name down."""
+
+    @functools.wraps(product)
+    def call(*given: Any) -> torch.Tensor:
+        calls.append(product.__name__)
+        return product(*given)
+
+    return call
+
+
+@pytest.mark.parametrize("kind", [*TYPES, GGMLType.Q5_0], ids=lambda kind: kind.name)
+def test_a_layer_takes_the_kernels_where_they_serve(kind: GGMLType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and the gradient of the input, beside a dense layer; types without kernels go through ggml."""
+    rows, columns = 9, 256
+    numbers = np.random.default_rng(11).normal(0, 0.05, (2, rows, columns)).astype(np.float32)
+    tensors = []
+    for part in numbers:
+        stored = np.empty((rows, row_bytes(kind, columns)), np.uint8)
+        ggml.quantize(kind, part, stored, threads=1)
+        stored.setflags(write=False)  # as a mapped file's
+        tensors.append(GGUFTensor("w", kind, (rows, columns), stored))
+    calls: list[str] = []
+    for name in ("matmul", "matmul_transposed"):
+        monkeypatch.setattr(triton_kernels, name, counted(getattr(triton_kernels, name), calls))
+    bias = torch.linspace(-1, 1, rows)
+    layer = QuantLinear(tensors[0], bias)
+    for tensor in (*tensors, tensors[0]):  # measurements exchange a layer's tensor
+        layer.tensor = tensor
+        x = torch.randn(2, 3, columns, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        weights = layer.dequantize()
+        expected = torch.nn.functional.linear(x, weights, bias)
+        gradient = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2))
+        out = layer(x)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+        (found,) = torch.autograd.grad(out, x, gradient)
+        torch.testing.assert_close(found, gradient @ weights, rtol=1e-4, atol=1e-5)
+    assert calls == (["matmul", "matmul_transposed"] * 3 if kind in SUPPORTED else [])
+    some = torch.tensor([3, 0])
+    torch.testing.assert_close(layer(x, some), expected[..., some], rtol=1e-4, atol=1e-5)
 
 
 def test_the_interpreter_makes_the_cpu_a_device() -> None:
