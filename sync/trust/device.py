@@ -32,7 +32,7 @@ from lichen.sync.download import check_space, hash_file, write_error
 from lichen.sync.manifest import AnyManifest, read_manifest
 from lichen.sync.pace import Pace
 from lichen.sync.trust.enrolment import Enrolment, read_enrolment, write_enrolment
-from lichen.sync.trust.fetching import CannotResume, Fetcher, fetcher_for, read
+from lichen.sync.trust.fetching import CannotResume, Fetcher, TooLong, fetcher_for, read
 from lichen.sync.trust.record import Record
 from lichen.sync.trust.verification import Found, Standing, Verification, Walk, Wanted, standing
 
@@ -318,6 +318,9 @@ async def _download(mirror: Fetcher, target: FleetTarget, destination: Path, pac
             sync_folder(destination.parent)
             return
         partial.unlink()
+    except TooLong:
+        partial.unlink()
+        raise
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise write_error(partial, error) from error

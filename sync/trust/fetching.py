@@ -31,6 +31,10 @@ class CannotResume(SourceError):
     """This mirror sends the file only from its beginning."""
 
 
+class TooLong(SourceError):
+    """This mirror sends more than the file may have, so nothing that it sent is worth keeping."""
+
+
 class Fetcher(Protocol):
     """One mirror."""
 
@@ -153,9 +157,9 @@ def checked_name(name: str) -> str:
     return name
 
 
-def too_long(address: str, name: str, limit: int) -> SourceError:
+def too_long(address: str, name: str, limit: int) -> TooLong:
     """The error about a file that does not end where it should."""
-    return SourceError(f"{address} sends more than the {limit:,} bytes that {name} may have.")
+    return TooLong(f"{address} sends more than the {limit:,} bytes that {name} may have.")
 
 
 def fetcher_for(url: str, client: httpx.AsyncClient) -> Fetcher:
