@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from lichen.errors import DiskFull, HashMismatch, SourceError, StoreError
+from lichen.sync.certificates import trusted
 from lichen.sync.sources import Origin
 
 if TYPE_CHECKING:
@@ -50,7 +51,9 @@ async def download(origin: Origin, partial: Path, report: Report) -> str:
     if origin.size is not None:
         check_space(partial.parent, origin.size - _size(partial))
     failures = 0
-    async with httpx.AsyncClient(follow_redirects=False, timeout=httpx.Timeout(30)) as client:
+    async with httpx.AsyncClient(
+        verify=trusted(), follow_redirects=False, timeout=httpx.Timeout(30)
+    ) as client:
         while True:
             before = _size(partial)
             try:

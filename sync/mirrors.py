@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lichen.errors import ConfigError, SourceError
+from lichen.sync.certificates import trusted
 from lichen.sync.download import opened
 from lichen.sync.extra import of_the_extra
 from lichen.sync.sources import Origin
@@ -50,7 +51,9 @@ class HttpMirror:
         import httpx
 
         if self._client is None:
-            self._client = httpx.AsyncClient(follow_redirects=False, timeout=httpx.Timeout(PATIENCE))
+            self._client = httpx.AsyncClient(
+                verify=trusted(), follow_redirects=False, timeout=httpx.Timeout(PATIENCE)
+            )
         origin = Origin(file_name=path, url=f"{self.name}/{path}", headers=self._headers)
         wanted = {"Accept-Encoding": "identity"}
         ranged = start > 0 or stop is not None

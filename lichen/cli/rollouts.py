@@ -15,6 +15,7 @@ import typer
 from lichen.cli.fleet import AsJson, Folder, KeysOption, _keys_folder, _needs_extra, _pair, _publisher, fleet
 from lichen.cli.settings import table
 from lichen.errors import ConfigError, FleetError, NotFound, SourceError
+from lichen.sync.certificates import trusted
 
 if TYPE_CHECKING:
     from lichen.sync.collector.board import Board, Census
@@ -286,7 +287,7 @@ async def _census(folder: Path, policy: Policy) -> Census:
     token = os.environ.get(READER, "")
     if not token:
         raise ConfigError("The collector needs a token.", hint=f"Set {READER} to its reader.token.")
-    async with httpx.AsyncClient(timeout=30, follow_redirects=False) as client:
+    async with httpx.AsyncClient(verify=trusted(), timeout=30, follow_redirects=False) as client:
         return await read_census(client, collector, token, slot) or empty(slot, utc_now())
 
 

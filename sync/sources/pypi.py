@@ -13,6 +13,7 @@ from urllib.parse import urljoin
 import msgspec
 
 from lichen.errors import SourceError
+from lichen.sync.certificates import trusted
 from lichen.sync.sources import Origin
 
 _REFERENCE = re.compile(
@@ -59,7 +60,7 @@ async def _wheel(name: str, version: str) -> _File:
     index = os.environ.get("PIP_INDEX_URL") or "https://pypi.org/simple"
     page_url = f"{index.rstrip('/')}/{re.sub(r'[-_.]+', '-', name).lower()}/"
     try:
-        async with httpx.AsyncClient(follow_redirects=True, timeout=30) as client:
+        async with httpx.AsyncClient(verify=trusted(), follow_redirects=True, timeout=30) as client:
             answer = await client.get(page_url, headers={"Accept": _MEDIA_TYPE})
         if answer.status_code == 404:
             raise SourceError(f"The package index has no package {name}.")

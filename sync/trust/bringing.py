@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 import msgspec
 
 from lichen.errors import HashMismatch, NotFound, OfflineError, SourceError
+from lichen.sync.certificates import trusted
 from lichen.sync.fetch import fetch
 from lichen.sync.meter import FetchProgress, Progress
 from lichen.sync.mirrors import open_mirror
@@ -48,7 +49,9 @@ class FleetSupply:
         import httpx
 
         self._check_offline()
-        async with httpx.AsyncClient(follow_redirects=False, timeout=httpx.Timeout(20)) as client:
+        async with httpx.AsyncClient(
+            verify=trusted(), follow_redirects=False, timeout=httpx.Timeout(20)
+        ) as client:
             found = await self._device.target(target, running=self._running, mirrors=self._fetchers(client))
         self._targets[target, found.sha256] = found
         return Offer(target=target, sha256=found.sha256, manifest=found.manifest)
@@ -106,7 +109,10 @@ class FleetSupply:
 
         store, size = self._store, target.size
         partial: Path = store.root / "partial" / f"{target.sha256}.whole"
-        async with store.locked(f"whole:{target.sha256}"), httpx.AsyncClient(timeout=20) as client:
+        async with (
+            store.locked(f"whole:{target.sha256}"),
+            httpx.AsyncClient(verify=trusted(), timeout=20) as client,
+        ):
             await self._device.download(target, partial, self._fetchers(client), pace)
             await asyncio.to_thread(store.place, partial, target.sha256)
         if progress is not None:
@@ -127,7 +133,9 @@ async def _recipe(target: FleetTarget, urls: Sequence[str]) -> Recipe | None:
     signed = target.manifest.recipe
     if signed is None:
         return None
-    async with httpx.AsyncClient(follow_redirects=False, timeout=httpx.Timeout(20)) as client:
+    async with httpx.AsyncClient(
+        verify=trusted(), follow_redirects=False, timeout=httpx.Timeout(20)
+    ) as client:
         for url in urls:
             try:
                 data = await read(fetcher_for(url, client), recipe_path(target.sha256), signed.size)

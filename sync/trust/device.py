@@ -28,6 +28,7 @@ from lichen.errors import (
     SourceError,
     TrustError,
 )
+from lichen.sync.certificates import trusted
 from lichen.sync.download import check_space, hash_file, write_error
 from lichen.sync.manifest import AnyManifest, read_manifest
 from lichen.sync.pace import Pace
@@ -241,7 +242,9 @@ class Device:
     ) -> Result:
         import httpx
 
-        async with httpx.AsyncClient(follow_redirects=False, timeout=httpx.Timeout(20)) as client:
+        async with httpx.AsyncClient(
+            verify=trusted(), follow_redirects=False, timeout=httpx.Timeout(20)
+        ) as client:
             chosen = mirrors or [fetcher_for(url, client) for url in self.enrolment().mirrors]
             failures: list[Exception] = []
             for mirror in chosen:

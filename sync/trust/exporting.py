@@ -19,6 +19,7 @@ from pathlib import Path
 
 from lichen.durable import write_file
 from lichen.errors import FleetError, NotFound, SourceError
+from lichen.sync.certificates import trusted
 from lichen.sync.download import check_space, write_error
 from lichen.sync.manifest import KINDS
 from lichen.sync.recipe import recipe_path
@@ -90,7 +91,9 @@ async def _write_metadata(device: Device, folder: Path) -> None:
 async def _from_mirrors(device: Device, name: str, limit: int) -> bytes | None:
     import httpx
 
-    async with httpx.AsyncClient(follow_redirects=False, timeout=httpx.Timeout(20)) as client:
+    async with httpx.AsyncClient(
+        verify=trusted(), follow_redirects=False, timeout=httpx.Timeout(20)
+    ) as client:
         for url in device.enrolment().mirrors:
             try:
                 return await read(fetcher_for(url, client), name, limit)

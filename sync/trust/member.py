@@ -20,6 +20,7 @@ from pathlib import Path
 import msgspec
 
 from lichen.errors import FleetError, LichenError, ManifestError
+from lichen.sync.certificates import trusted
 from lichen.sync.manifest import KINDS
 from lichen.sync.meter import Progress
 from lichen.sync.pace import Pace
@@ -133,7 +134,9 @@ class Member:
         """What this machine should have now. Raises FleetError and its kinds, SourceError."""
         import httpx
 
-        async with httpx.AsyncClient(follow_redirects=False, timeout=httpx.Timeout(20)) as client:
+        async with httpx.AsyncClient(
+            verify=trusted(), follow_redirects=False, timeout=httpx.Timeout(20)
+        ) as client:
             mirrors: list[Fetcher] | None = [fetcher_for(url, client) for url in self._urls] or None
             policies = []
             for target in await self._device.listed("policies", running=self._running, mirrors=mirrors):
@@ -156,7 +159,9 @@ class Member:
 
         if self._bundle.collector is None:
             return 0
-        async with httpx.AsyncClient(follow_redirects=False, timeout=httpx.Timeout(20)) as client:
+        async with httpx.AsyncClient(
+            verify=trusted(), follow_redirects=False, timeout=httpx.Timeout(20)
+        ) as client:
             return await self.reporter.flush(http_post(client, self._bundle.collector))
 
     def served(self, counts: Mapping[str, Served]) -> None:

@@ -101,8 +101,8 @@ def kill_often(tmp_path: Path, times: int, seed: int) -> None:
     server.close()
 
 
-def test_ten_kills(tmp_path: Path) -> None:
-    kill_often(tmp_path, 10, seed=1)
+def test_five_kills(tmp_path: Path) -> None:
+    kill_often(tmp_path, 5, seed=1)
 
 
 @pytest.mark.slow
