@@ -17,21 +17,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from bench import versions
 from bench.certificate import certificate, close_certificate, model_file, save
 from bench.flags import model_flags
 from bench.numbers import median
 from bench.table import Rows, aligned, number
 from lichen.errors import LichenError
-from lichen.quant.formats import GGMLType
-from lichen.quant.gguf import open_gguf, write_gguf
-from lichen.quant.gguf_write import TensorItem
 from lichen.runtime.native import Adapter, Context, ContextSize, Model
 
 TURNS = (1, 2, 4, 8)  # steps between two changes
 PROMPT = 64  # tokens that each stream begins with
-RANK = 8
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,7 +59,9 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     }
     model = Model(path)
     with tempfile.TemporaryDirectory() as folder:
-        adapters = [Adapter(model, _made(path, Path(folder) / f"{seed}.gguf", seed)) for seed in (1, 2)]
+        adapters = [
+            Adapter(model, versions.adapter(path, Path(folder) / f"{seed}.gguf", seed)) for seed in (1, 2)
+        ]
     shared = _Streams(model, options, 2 * options.streams)
     apart = [_Streams(model, options, options.streams) for _ in adapters]
     ways: dict[str, Callable[[], None]] = {
@@ -151,29 +148,6 @@ def _apart(all_streams: Sequence[_Streams], options: argparse.Namespace) -> None
     for at in range(options.steps):
         for streams in all_streams:
             streams.step(range(options.streams), at)
-
-
-def _made(model: Path, path: Path, seed: int) -> Path:
-    """An adapter on every linear layer of the upper half, as `lichen learn` makes them."""
-    source = np.random.default_rng(seed)
-    items: list[TensorItem] = []
-    with open_gguf(model) as file:
-        architecture = str(file.metadata["general.architecture"].content)
-        first = int(file.metadata[f"{architecture}.block_count"].content) // 2
-        for name, tensor in file.tensors.items():
-            if name.startswith("blk.") and len(tensor.shape) == 2 and int(name.split(".")[1]) >= first:
-                outputs, inputs = tensor.shape
-                for end, shape in (("a", (RANK, inputs)), ("b", (outputs, RANK))):
-                    numbers = (source.standard_normal(shape) * 0.01).astype(np.float32)
-                    items.append((f"{name}.lora_{end}", GGMLType.F32, shape, numbers))
-    said = {
-        "general.type": "adapter",
-        "general.architecture": architecture,
-        "adapter.type": "lora",
-        "adapter.lora.alpha": float(RANK),
-    }
-    write_gguf(path, said, items)
-    return path
 
 
 def _rows(record: dict[str, Any]) -> Rows:

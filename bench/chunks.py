@@ -91,6 +91,7 @@ def _cases(model: Path, folder: Path) -> list[dict[str, Any]]:
     """Every case of an update: what each way needs to get from the old file to the new one."""
     old, new = folder / "old.gguf", folder / "new.gguf"
     cases = [_case("a new file", None, model, folder), _case("nothing changed", model, model, folder)]
+    cases.append(_case("a new adapter", None, versions.adapter(model, new, seed=1), folder))
     layers = [each.name for each in tensor_places(model) if each.name.startswith("blk.")]
     count = round(SHARE * len(tensor_places(model)))
     for title, nudge in (("8 of 272 tensors trained", versions.NUDGE), ("8 of 272 tensors new", None)):

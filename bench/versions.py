@@ -11,7 +11,9 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from gguf.quants import dequantize, quantize
 
 from lichen.quant.formats import GGMLType
+from lichen.quant.gguf import open_gguf, write_gguf
 from lichen.quant.gguf_check import tensor_places
+from lichen.quant.gguf_write import TensorItem
 
 NUDGE = 1e-3  # a merged adapter's part of the weights' spread
 RANK = 8
@@ -118,3 +120,26 @@ def _rewritten(
     yield head + bytes(-len(head) % 32)
     for _, _, _, data in tensors:
         yield data + bytes(-len(data) % 32)
+
+
+def adapter(model: Path, path: Path, seed: int) -> Path:
+    """An adapter on every linear layer of the upper half, as `lichen learn` makes them."""
+    source = np.random.default_rng(seed)
+    items: list[TensorItem] = []
+    with open_gguf(model) as file:
+        architecture = str(file.metadata["general.architecture"].content)
+        first = int(file.metadata[f"{architecture}.block_count"].content) // 2
+        for name, tensor in file.tensors.items():
+            if name.startswith("blk.") and len(tensor.shape) == 2 and int(name.split(".")[1]) >= first:
+                outputs, inputs = tensor.shape
+                for end, shape in (("a", (RANK, inputs)), ("b", (outputs, RANK))):
+                    numbers = (source.standard_normal(shape) * 0.01).astype(np.float32)
+                    items.append((f"{name}.lora_{end}", GGMLType.F32, shape, numbers))
+    said = {
+        "general.type": "adapter",
+        "general.architecture": architecture,
+        "adapter.type": "lora",
+        "adapter.lora.alpha": float(RANK),
+    }
+    write_gguf(path, said, items)
+    return path

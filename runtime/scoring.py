@@ -33,14 +33,18 @@ def stretches(tokens: Sequence[int], length: int, count: int | None = None) -> l
 class NativeScorer:
     """Scores text with a file's model, at most `window` tokens at a time.
 
-    Raises ModelFileError, EngineError.
+    adapter: a LoRA adapter's file, which `check_adapter` has passed. Raises ModelFileError, EngineError,
+    AdapterError.
     """
 
-    def __init__(self, path: Path, *, window: int, threads: int) -> None:
+    def __init__(self, path: Path, *, window: int, threads: int, adapter: Path | None = None) -> None:
         check_gguf(path)
         self.model = native.Model(path)
         size = native.ContextSize(context=window, slots=1, threads=threads, batch=window, outputs=window)
         self._context = native.Context(self.model, size)
+        self._adapter = None if adapter is None else native.Adapter(self.model, adapter)
+        if self._adapter is not None:
+            self._context.adapt(self._adapter, 1.0)
 
     def logits(self, tokens: Sequence[int]) -> Logits:
         """float32 [tokens, vocabulary] of one stretch that nothing comes before, copied."""
@@ -79,6 +83,8 @@ class NativeScorer:
     def close(self) -> None:
         """Give the memory back; idempotent."""
         self._context.close()
+        if self._adapter is not None:
+            self._adapter.close()
         self.model.close()
 
     def _decode(self, tokens: Sequence[int], start: int, *, all_outputs: bool) -> None:

@@ -1,5 +1,7 @@
 """The trial of a new version by the engine that would serve it: its answers, their speed, its perplexity.
 
+An adapter is tried over its model, and of a draft head that it can be read for its model.
+
 Two ways to run a version: `EngineTrial` loads it by itself, `PoolTrial` asks the daemon's pool, which makes
 room as for any request. Prompts are answered one after the other and greedily, so that a repeat on the same
 machine gives the same words.
@@ -10,10 +12,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lichen.errors import EngineError, RequestError
+from lichen.adapters.draft_head import read_head
+from lichen.errors import EngineError, NotFound, RequestError
 from lichen.quant.gguf_check import check_gguf
 from lichen.runtime import memory
 from lichen.runtime.scoring import NativeScorer, stretches
@@ -45,23 +47,24 @@ class EngineTrial:
 
     async def perplexity(self, version: Installed, text: str) -> float:
         """See Trial."""
-        return await asyncio.to_thread(_perplexity, version.path, text, self._threads)
+        return await asyncio.to_thread(_perplexity, version, text, self._threads)
 
     @asynccontextmanager
     async def _running(self, version: Installed) -> AsyncIterator[ServedModel]:
         model = await asyncio.to_thread(self._load, version)
         try:
-            yield model
+            async with _with(model, version) as whole:
+                yield whole
         finally:
             await asyncio.shield(asyncio.to_thread(model.close))
 
     def _load(self, version: Installed) -> ServedModel:
+        path, sha256 = version.path, version.sha256
+        if version.base is not None:
+            path, sha256 = version.base, version.base_sha256
         options = ModelOptions(context=CONTEXT, slots=1, threads=self._threads)
-        free = memory.available(self._limit)
-        fitted = memory.fitted(version.slot, check_gguf(version.path), options, free)
-        return ServedModel.load(
-            version.path, name=version.slot, sha256=version.sha256, options=fitted.options
-        )
+        fitted = memory.fitted(version.slot, check_gguf(path), options, memory.available(self._limit))
+        return ServedModel.load(path, name=version.slot, sha256=sha256, options=fitted.options)
 
 
 class PoolTrial(EngineTrial):
@@ -76,10 +79,41 @@ class PoolTrial(EngineTrial):
 
     @asynccontextmanager
     async def _running(self, version: Installed) -> AsyncIterator[ServedModel]:
-        name = f"{version.slot.partition('/')[2]}-{version.sha256[:8]}"
+        name = await self._model_of(version)
         keep_alive = KEPT_S if self._pool.served(name) is None else None  # what serves stays as it was
-        async with self._pool.use(name, keep_alive) as model:
-            yield model
+        async with self._pool.use(name, keep_alive) as model, _with(model, version) as whole:
+            yield whole
+
+    async def _model_of(self, version: Installed) -> str:
+        """The name of the model to load: the version itself, or what it belongs to. Raises NotFound."""
+        if version.base is None:
+            return f"{version.slot.partition('/')[2]}-{version.sha256[:8]}"
+        for candidate in await self._pool.known():
+            if candidate.sha256 == version.base_sha256:
+                return candidate.name
+        raise NotFound(f"The model of {version.slot} is not here.")
+
+
+@asynccontextmanager
+async def _with(model: ServedModel, version: Installed) -> AsyncIterator[ServedModel]:
+    """The model as it answers with the version. A draft head changes no answer: it is read, that it fits.
+
+    Raises AdapterError, ModelFileError.
+    """
+    kind = version.slot.partition("/")[0]
+    if kind == "adapters":
+        adapted = await model.adapted(version.slot, version.sha256, version.path)
+        try:
+            yield adapted
+        finally:
+            adapted.release()
+        return
+    if kind == "checkpoints":
+        words, hidden = model.engine.model.vocab_size, model.engine.context.hidden
+        await asyncio.to_thread(
+            read_head, version.path, base=version.base_sha256, vocabulary=words, hidden=hidden
+        )
+    yield model
 
 
 async def _answer(model: ServedModel, prompt: Prompt) -> Answer:
@@ -99,10 +133,11 @@ async def _answer(model: ServedModel, prompt: Prompt) -> Answer:
     raise EngineError("The version's answer broke off.")
 
 
-def _perplexity(path: Path, text: str, threads: int) -> float:
+def _perplexity(version: Installed, text: str, threads: int) -> float:
     from lichen.quant.divergence import Tally
 
-    scorer = NativeScorer(path, window=WINDOW, threads=threads)
+    adapter = version.path if version.slot.startswith("adapters/") else None
+    scorer = NativeScorer(version.base or version.path, window=WINDOW, threads=threads, adapter=adapter)
     try:
         tokens = scorer.model.tokenize(text, special=False, add_bos=False)
         if len(tokens) < 2:

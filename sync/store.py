@@ -283,7 +283,7 @@ class Store:
         kept = {manifest.sha256 for manifest in self.manifests()} | self.slots.held()
         gone = [digest for digest in sorted(digests) if digest not in kept]
         for digest in gone:
-            for part in ("chunks", "whole"):
+            for part in ("chunks", "whole", "whole.part"):
                 (self.root / "partial" / f"{digest}.{part}").unlink(missing_ok=True)
             self.blob(digest).unlink(missing_ok=True)
         return len(gone)

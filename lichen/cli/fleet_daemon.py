@@ -13,19 +13,25 @@ import math
 import random
 import threading
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import lichen
+from lichen.cli.fleet_adapters import follow
 from lichen.config import Config
 from lichen.errors import LichenError
 from lichen.runtime.pool import ModelPool
 from lichen.sync.store import FLEET
 from lichen.sync.updates.health import Answer, Installed, Prompt
 from lichen.sync.updates.slots import Slots
+
+if TYPE_CHECKING:
+    from lichen.runtime.engine import Engine
+    from lichen.runtime.served_model import ServedModel
 
 LOOK_S = 1.0  # between two looks at what is in use
 AGAIN_S = 30.0  # before a version that could not be loaded is tried again
@@ -36,7 +42,7 @@ Result = TypeVar("Result")
 
 
 class Mover:
-    """Lets the names `fleet:NAME` mean the version in use once it is confirmed."""
+    """Lets the names `fleet:NAME` mean the version in use once it is confirmed, and adapters serve."""
 
     def __init__(self, config: Config, pool: ModelPool) -> None:
         self._config, self._pool = config, pool
@@ -44,12 +50,14 @@ class Mover:
         self._file = config.home / "store" / "active"
         self._seen: tuple[int, int] | None = None
         self._again_at = 0.0  # on the loop's clock
+        self.answered = Answered()
 
     async def run(self) -> None:
         """Look for ever; cancel it."""
         while True:
             await asyncio.sleep(LOOK_S)
             try:
+                self.answered.look(self._pool.ready())
                 await self.look()
             except Exception:
                 log.exception("The daemon could not move to another version.")
@@ -60,6 +68,8 @@ class Mover:
         if stamp == self._seen and now < self._again_at:
             return
         self._seen, self._again_at = stamp, math.inf
+        for line in await asyncio.to_thread(follow, self._config, self._slots):
+            log.info("%s", line)
         slots = await asyncio.to_thread(self._slots.mendable)
         for slot, found in slots.items():
             kind, _, name = slot.partition("/")
@@ -75,11 +85,35 @@ class Mover:
                     self._again_at = now + AGAIN_S
 
 
+class Answered:
+    """What each file has answered since the daemon began, over loads and unloads: (answers, failures)."""
+
+    def __init__(self) -> None:
+        self._before: WeakKeyDictionary[Engine, tuple[int, int]] = WeakKeyDictionary()
+        self.by_sha256: dict[str, tuple[int, int]] = {}  # replaced, never changed: other threads read it
+
+    def look(self, models: Iterable[ServedModel]) -> None:
+        """Count what came since the last look. On the daemon's loop."""
+        found = dict(self.by_sha256)
+        for model in models:
+            counters = model.engine.counters()
+            now = (counters.completed + counters.failed, counters.failed)
+            before = self._before.get(model.engine, (0, 0))
+            if now != before:
+                answers, failures = found.get(model.info.sha256, (0, 0))
+                found[model.info.sha256] = (answers + now[0] - before[0], failures + now[1] - before[1])
+                self._before[model.engine] = now
+        self.by_sha256 = found
+
+
 class Taker:
     """The thread that takes updates. loop: the daemon's, on which `pool` lives."""
 
-    def __init__(self, config: Config, pool: ModelPool, loop: asyncio.AbstractEventLoop) -> None:
-        self._config, self._pool, self._loop = config, pool, loop
+    def __init__(
+        self, config: Config, pool: ModelPool, loop: asyncio.AbstractEventLoop, answered: Answered
+    ) -> None:
+        self._config, self._pool, self._loop, self._answered = config, pool, loop, answered
+        self._told: dict[str, tuple[int, int]] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lichen-fleet", daemon=True)
 
@@ -118,7 +152,7 @@ class Taker:
         from lichen.sync.pace import RateLimit
         from lichen.sync.store import Store
         from lichen.sync.trust.device import Device
-        from lichen.sync.trust.member import Member
+        from lichen.sync.trust.member import Member, Served
         from lichen.sync.updates import schedule
 
         config = self._config
@@ -144,6 +178,10 @@ class Taker:
             ):
                 if outcome.error:
                     log.warning("%s: %s", outcome.assignment.slot, outcome.error)
+            counts, told = self._answered.by_sha256, self._told
+            news = {sha256: Served(*each) for sha256, each in counts.items() if told.get(sha256) != each}
+            member.served(news)
+            self._told = counts
             await member.tell()
         finally:
             member.close()
@@ -178,8 +216,10 @@ def takes_updates(config: Config) -> bool:
 @asynccontextmanager
 async def updating(config: Config, pool: ModelPool) -> AsyncIterator[None]:
     """Inside, the daemon moves to new versions, and takes them where this machine is in a fleet."""
-    moving = asyncio.ensure_future(Mover(config, pool).run())
-    taker = Taker(config, pool, asyncio.get_running_loop()) if takes_updates(config) else None
+    mover = Mover(config, pool)
+    moving = asyncio.ensure_future(mover.run())
+    loop = asyncio.get_running_loop()
+    taker = Taker(config, pool, loop, mover.answered) if takes_updates(config) else None
     try:
         if taker is not None:
             taker.start()

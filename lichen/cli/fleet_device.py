@@ -139,9 +139,11 @@ def import_(
 
 
 def _pull(context: typer.Context, targets: list[str], urls: tuple[str, ...], rate: int) -> list[Outcome]:
+    from lichen.cli.fleet_adapters import follow
     from lichen.devices.probe import probe
     from lichen.runtime.trial import EngineTrial
     from lichen.sync.pace import RateLimit
+    from lichen.sync.updates.slots import Slots
 
     config = config_of(context)
     threads = config.threads or probe().physical_cores
@@ -157,7 +159,10 @@ def _pull(context: typer.Context, targets: list[str], urls: tuple[str, ...], rat
                 print(f"Reports wait for the next time: {error}", file=sys.stderr)
             return outcomes
 
-        return asyncio.run(pull_and_tell())
+        outcomes = asyncio.run(pull_and_tell())
+    for line in follow(config, Slots(config.home / "store")):
+        print(line, file=sys.stderr)
+    return outcomes
 
 
 class _member:

@@ -115,9 +115,10 @@ def _add_head(
     folder = head_folder(options.home, base)
     store = HeadStore(folder, base=base, vocabulary=model.vocab_size, hidden=context.hidden)
     head = store.current()
-    if head is None and options.draft_head is not None:
+    given = options.draft_head or _brought(options.home / "store", base)
+    if head is None and given is not None:
         try:
-            head = store.read(options.draft_head)
+            head = store.read(given)
             store.add(head)  # what is learned goes on from it
         except (LichenError, OSError) as error:
             log.warning("The draft head is not what it should be. %s", error)
@@ -156,3 +157,18 @@ def _model_drafter(target: Model, context: Context, path: Path | None, threads: 
             own.close()
         draft.close()
         raise
+
+
+def _brought(root: Path, base: str) -> Path | None:
+    """A draft head for this model that a fleet has brought and that was confirmed. base: its sha256, hex."""
+    from lichen.sync.manifest import CheckpointManifest
+    from lichen.sync.updates.slots import Slots
+
+    slots = Slots(root)
+    for slot in slots.mendable().values():
+        version = slot.active
+        if version is None or not slot.confirmed or not isinstance(version.manifest, CheckpointManifest):
+            continue
+        if version.manifest.use == "draft_head" and version.manifest.base == base and slots.whole(version):
+            return slots.blob(version.sha256)
+    return None

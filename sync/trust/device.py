@@ -28,11 +28,11 @@ from lichen.errors import (
     SourceError,
     TrustError,
 )
-from lichen.sync.download import check_space, write_error
+from lichen.sync.download import check_space, hash_file, write_error
 from lichen.sync.manifest import AnyManifest, read_manifest
 from lichen.sync.pace import Pace
 from lichen.sync.trust.enrolment import Enrolment, read_enrolment, write_enrolment
-from lichen.sync.trust.fetching import Fetcher, fetcher_for, read
+from lichen.sync.trust.fetching import CannotResume, Fetcher, TooLong, fetcher_for, read
 from lichen.sync.trust.record import Record
 from lichen.sync.trust.verification import Found, Standing, Verification, Walk, Wanted, standing
 
@@ -301,28 +301,51 @@ def bind(found: Found, *, running: str) -> FleetTarget:
 
 
 async def _download(mirror: Fetcher, target: FleetTarget, destination: Path, pace: Pace | None) -> None:
-    digest, size = hashlib.sha256(), 0
-    partial = destination.with_name(f".{destination.name}.part")
+    """What came before it was cut off stays, and the next call goes on behind it, whoever sent it. Bytes that
+    turn out wrong are fetched once more from the beginning, since another mirror may have sent the first."""
+    partial = destination.with_name(f"{destination.name}.part")
+    resumes = partial.is_file()
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        check_space(destination.parent, target.size)
-        with partial.open("wb") as file:
-            async for data in mirror.stream(f"targets/{target.file_name}", target.size):
-                digest.update(data)
-                size += len(data)
-                if pace is not None:
-                    await pace.take(len(data))
-                await asyncio.to_thread(file.write, data)
-            file.flush()
-            await asyncio.to_thread(os.fsync, file.fileno())
-        if size != target.size or digest.hexdigest() != target.sha256:
-            raise HashMismatch(
-                f"{mirror.address} sent {size:,} bytes with sha256 {digest.hexdigest()} for "
-                f"{target.manifest.path}, not the {target.size:,} bytes that the fleet signed."
-            )
-        partial.replace(destination)
-        sync_folder(destination.parent)
+        try:
+            await _append(mirror, target, partial, pace)
+        except CannotResume:
+            partial.unlink()
+            await _append(mirror, target, partial, pace)
+        digest, size = await asyncio.to_thread(hash_file, partial), partial.stat().st_size
+        if size == target.size and digest == target.sha256:
+            partial.replace(destination)
+            sync_folder(destination.parent)
+            return
+        partial.unlink()
+    except TooLong:
+        partial.unlink()
+        raise
     except OSError as error:
-        raise write_error(partial, error) from error
-    finally:
         partial.unlink(missing_ok=True)
+        raise write_error(partial, error) from error
+    if resumes:
+        return await _download(mirror, target, destination, pace)
+    raise HashMismatch(
+        f"{mirror.address} sent {size:,} bytes with sha256 {digest} for "
+        f"{target.manifest.path}, not the {target.size:,} bytes that the fleet signed."
+    )
+
+
+async def _append(mirror: Fetcher, target: FleetTarget, partial: Path, pace: Pace | None) -> None:
+    """Bring what is missing behind the bytes that are here."""
+    here = _size(partial)
+    if here >= target.size > 0:  # whole, or nonsense: its hash decides
+        return
+    check_space(partial.parent, target.size - here)
+    with partial.open("ab") as file:
+        async for data in mirror.stream(f"targets/{target.file_name}", target.size, here):
+            if pace is not None:
+                await pace.take(len(data))
+            await asyncio.to_thread(file.write, data)
+        file.flush()
+        await asyncio.to_thread(os.fsync, file.fileno())
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0

@@ -27,6 +27,14 @@ _NAME = re.compile(r"(?:[A-Za-z0-9_%~-][A-Za-z0-9._%~@+ -]*/)*[A-Za-z0-9_%~-][A-
 Result = TypeVar("Result")
 
 
+class CannotResume(SourceError):
+    """This mirror sends the file only from its beginning."""
+
+
+class TooLong(SourceError):
+    """This mirror sends more than the file may have, so nothing that it sent is worth keeping."""
+
+
 class Fetcher(Protocol):
     """One mirror."""
 
@@ -34,11 +42,12 @@ class Fetcher(Protocol):
     def address(self) -> str:
         """Where it is, for errors."""
 
-    def stream(self, name: str, limit: int) -> AsyncIterator[bytes]:
-        """The bytes of a file, at most `limit`.
+    def stream(self, name: str, limit: int, start: int = 0) -> AsyncIterator[bytes]:
+        """The bytes of a file from `start` on, which ends at `limit` or before.
 
         name: relative to the mirror, with "/" between folders; percent signs are literal.
-        Raises NotFound if there is no such file, SourceError for anything else.
+        Raises NotFound if there is no such file, CannotResume where it only begins at 0, SourceError for
+        anything else.
         """
 
 
@@ -58,7 +67,7 @@ class FolderFetcher:
         """The folder."""
         return str(self._folder)
 
-    async def stream(self, name: str, limit: int) -> AsyncIterator[bytes]:
+    async def stream(self, name: str, limit: int, start: int = 0) -> AsyncIterator[bytes]:
         """See Fetcher. A name that leads out of the folder is refused."""
         path = self._folder / checked_name(name)
         try:
@@ -68,7 +77,7 @@ class FolderFetcher:
         except OSError as error:
             raise SourceError(f"{path} cannot be read: {error.strerror}.") from error
         with file:
-            sent = 0
+            sent = file.seek(start)
             while data := await asyncio.to_thread(file.read, CHUNK):
                 sent += len(data)
                 if sent > limit:
@@ -94,11 +103,13 @@ class HttpFetcher:
         parts = urlsplit(self._base)
         return f"{parts.scheme}://{parts.hostname or ''}{f':{parts.port}' if parts.port else ''}{parts.path}"
 
-    async def stream(self, name: str, limit: int) -> AsyncIterator[bytes]:
+    async def stream(self, name: str, limit: int, start: int = 0) -> AsyncIterator[bytes]:
         """See Fetcher."""
         import httpx
 
         headers = {"Accept-Encoding": "identity", "Cache-Control": "no-cache"}
+        if start:
+            headers["Range"] = f"bytes={start}-"
         begun, sent = time.monotonic(), 0
         request = self._client.build_request("GET", f"{self._base}/{checked_name(name)}", headers=headers)
         try:
@@ -106,7 +117,12 @@ class HttpFetcher:
             try:
                 if answer.status_code in (403, 404, 410):
                     raise NotFound(f"{self.address} has no file {name}.")
-                if answer.status_code != 200:
+                if start and not (
+                    answer.status_code == 206
+                    and answer.headers.get("Content-Range", "").startswith(f"bytes {start}-")
+                ):
+                    raise CannotResume(f"{self.address} does not send {name} from byte {start:,} on.")
+                if answer.status_code != (206 if start else 200):
                     raise SourceError(f"{self.address} answered {answer.status_code} for {name}.")
                 parts = answer.aiter_raw(CHUNK).__aiter__()
                 while True:
@@ -115,7 +131,7 @@ class HttpFetcher:
                     if not data:
                         break
                     sent += len(data)
-                    if sent > limit:
+                    if start + sent > limit:
                         raise too_long(self.address, name, limit)
                     yield data
             finally:
@@ -141,9 +157,9 @@ def checked_name(name: str) -> str:
     return name
 
 
-def too_long(address: str, name: str, limit: int) -> SourceError:
+def too_long(address: str, name: str, limit: int) -> TooLong:
     """The error about a file that does not end where it should."""
-    return SourceError(f"{address} sends more than the {limit:,} bytes that {name} may have.")
+    return TooLong(f"{address} sends more than the {limit:,} bytes that {name} may have.")
 
 
 def fetcher_for(url: str, client: httpx.AsyncClient) -> Fetcher:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import datetime
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -51,6 +51,16 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     drop: tuple[str, ...] = ()
     cancel: tuple[str, ...] = ()
     reasons: dict[str, str] = {}
+
+
+class Served(msgspec.Struct, frozen=True):
+    """Requests that a version has answered, and those of them that failed."""
+
+    requests: int = 0
+    errors: int = 0
+
+
+NOTHING_SERVED = Served()
 
 
 class Member:
@@ -149,6 +159,17 @@ class Member:
         async with httpx.AsyncClient(follow_redirects=False, timeout=httpx.Timeout(20)) as client:
             return await self.reporter.flush(http_post(client, self._bundle.collector))
 
+    def served(self, counts: Mapping[str, Served]) -> None:
+        """Report what the versions in use have answered so far. counts: by sha256; what is unknown there is
+        not reported on, nor what has answered nothing. Raises FleetError."""
+        slots = Slots(self._store.root).mendable()
+        for name, update in self.updater.ledger.latest().items():
+            active = slots.get(name, Slot()).active
+            count = counts.get(update.sha256, NOTHING_SERVED)
+            serves = active is not None and active.sha256 == update.sha256
+            if serves and update.state == "confirmed" and count.requests:
+                self.reporter.put(told(update, count, at=self._clock()))
+
     def _facts(self, slot: Slot) -> DeviceFacts:
         has = slot.active if slot.confirmed else slot.previous  # a version on trial is not had yet
         return DeviceFacts(
@@ -222,12 +243,14 @@ def _wishes(targets: Sequence[str], slots: dict[str, Slot], under_way: dict[str,
     return standing | {name: update.target for name, update in under_way.items()}
 
 
-def told(update: Update) -> UpdateReport:
-    """An update as the collector is told of it: no words of this machine."""
+def told(update: Update, served: Served = NOTHING_SERVED, *, at: float | None = None) -> UpdateReport:
+    """An update as the collector is told of it: no words of this machine. at: None for its last state's."""
     measured = update.measured
     return UpdateReport(
         sequence=1,  # the outbox gives the real one
-        at=max(0.0, update.entered),
+        at=max(0.0, update.entered if at is None else at),
+        requests=served.requests,
+        errors=served.errors,
         slot=update.slot,
         target=update.target,
         sha256=update.sha256,

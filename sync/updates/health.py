@@ -74,13 +74,14 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
 class Installed(msgspec.Struct, frozen=True, kw_only=True):
     """A version that is here, whole and verified. slot: "models/support". path: its file.
 
-    base: the file of the model that an adapter or a checkpoint belongs to.
+    base, base_sha256: the file of the model that an adapter or a checkpoint belongs to.
     """
 
     slot: str
     sha256: str
     path: Path
     base: Path | None = None
+    base_sha256: str = ""
 
 
 class Trial(Protocol):

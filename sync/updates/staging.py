@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lichen.errors import HashMismatch, ManifestError, TrustError
+from lichen.errors import AdapterError, HashMismatch, ManifestError, TrustError
+from lichen.quant.adapter_check import check_adapter
 from lichen.quant.gguf_check import check_gguf
 from lichen.sync.download import hash_file
 from lichen.sync.manifest import AdapterManifest, AnyManifest, CheckpointManifest, ModelManifest
@@ -11,8 +12,6 @@ from lichen.sync.updates.health import Installed
 from lichen.sync.updates.slots import Slots, Version
 from lichen.sync.updates.states import Assignment, Update
 from lichen.sync.updates.supply import Offer
-
-TRIED = ("models",)  # kinds whose versions the engine can try
 
 
 def check_assignment(assignment: Assignment, offer: Offer) -> None:
@@ -59,6 +58,24 @@ def check_base(store: Store, slots: Slots, manifest: AnyManifest) -> None:
         )
 
 
+def check_fit(store: Store, update: Update) -> None:
+    """Raise AdapterError or ModelFileError where an adapter is none, or does not fit its model. Blocks."""
+    manifest = update.manifest
+    if isinstance(manifest, AdapterManifest):
+        summary = check_adapter(store.blob(update.sha256), store.blob(manifest.base))
+        if summary.base not in ("", manifest.base):
+            raise AdapterError(
+                f"{manifest.path} was trained over the model {summary.base[:12]}, not {manifest.base[:12]}."
+            )
+
+
+def tried(manifest: AnyManifest) -> bool:
+    """Whether the engine can try such a version."""
+    if isinstance(manifest, CheckpointManifest):
+        return manifest.use == "draft_head"
+    return isinstance(manifest, ModelManifest | AdapterManifest)
+
+
 def installed(store: Store, slot: str, version: Version) -> Installed:
     """A version as the engine is given it."""
     base = _base(version.manifest)
@@ -67,6 +84,7 @@ def installed(store: Store, slot: str, version: Version) -> Installed:
         sha256=version.sha256,
         path=store.blob(version.sha256),
         base=None if base is None else store.blob(base),
+        base_sha256=base or "",
     )
 
 

@@ -18,6 +18,7 @@ from typing import TypeVar
 import msgspec
 
 from lichen.errors import (
+    AdapterError,
     DiskFull,
     FleetError,
     LichenError,
@@ -243,15 +244,16 @@ class Updater:
 
     def _fail(self, update: Update, error: LichenError) -> Update:
         """End an update whose step went wrong."""
-        if isinstance(error, ModelFileError):  # it will never be better
+        if isinstance(error, ModelFileError | AdapterError):  # it will never be better
             self.slots.condemn(update.slot, update.sha256)
-        refused = isinstance(error, ManifestError | ModelFileError)
+        refused = isinstance(error, ManifestError | ModelFileError | AdapterError)
         return self._end(update, "refused" if refused else "failed", str(error))
 
     async def _stage(self, update: Update) -> Update:
         """Hash the whole file once more and look into it. Raises LichenError."""
         await asyncio.to_thread(staging.check_blob, self._store, update)
         staging.check_base(self._store, self.slots, update.manifest)
+        await asyncio.to_thread(staging.check_fit, self._store, update)
         return self._enter(update, "staged")
 
     async def _activate(self, update: Update) -> Update:
@@ -265,7 +267,7 @@ class Updater:
         if update.trials >= TRIALS:
             return self._end(update, "unhealthy", "lichen died in its trial, twice.")
         update = self.ledger.save(msgspec.structs.replace(update, trials=update.trials + 1))
-        if self._trial is not None and update.manifest.kind in staging.TRIED:
+        if self._trial is not None and staging.tried(update.manifest):
             health = update.health or update.manifest.health or DEFAULT_HEALTH
             try:
                 found, why = await asyncio.wait_for(self._measure(update, health), health.seconds)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from lichen.sync.download import hash_file
+from tests.adapters.made_adapters import write_made
 from tests.cli.test_commands import lichen
 from tests.conftest import ROOT
 
@@ -30,7 +31,7 @@ HEALTH = re.findall(r"```json\n(.*?)```", GUIDE, re.DOTALL)[0]
 def places(tmp_path: Path, model_path: Path) -> Iterator[dict[str, str]]:
     """What the guide's names are in this test."""
     (tmp_path / "health.json").write_text(HEALTH)
-    (tmp_path / "tone-1.gguf").write_bytes(b"an adapter's bytes")
+    write_made(tmp_path / "tone-1.gguf", model_path, 1)
     yield {
         "https://models.example": (tmp_path / "fleet").as_uri(),
         "/srv/fleet": str(tmp_path / "fleet"),
@@ -66,6 +67,8 @@ def test_the_guide_runs(places: dict[str, str], tmp_path: Path) -> None:
     assert said['lichen run fleet:support "Why is the sky blue?"'].strip()
     shown = said["lichen fleet state"].splitlines()
     assert any(line.split()[:2] == ["models/support", "support-1"] for line in shown), shown
+    adapters = json.loads(run("lichen adapters list --json", first).stdout)
+    assert adapters["tone"][0]["history"][-1] == adapters["tone"][1][0]["digest"], "it serves"
     state = json.loads(run("lichen fleet state --json", first).stdout)
     assert {row["name"]: row["state"] for row in state["updates"]} == {
         "adapters/tone": "confirmed",

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from lichen.cli import fleet_daemon
-from lichen.cli.fleet_daemon import Mover
+from lichen.cli.fleet_daemon import Answered, Mover
 from lichen.config import Config
 from lichen.errors import EngineError
+from lichen.runtime.counters import Counters
 from lichen.runtime.pool import ModelPool
 from lichen.sync.manifest import make_manifest
 from lichen.sync.updates.slots import Slots, Version
@@ -50,3 +53,31 @@ async def test_the_daemon_moves_once_a_version_is_confirmed(
     await mover.look()
     assert await means(pool) == "b"
     await pool.close()
+
+
+class Answering:
+    """A served model of which only the counters matter."""
+
+    def __init__(self, sha256: str) -> None:
+        self.info = SimpleNamespace(sha256=sha256)
+        self.engine = self
+        self.now = Counters()
+
+    def counters(self) -> Counters:
+        """As the engine's."""
+        return self.now
+
+
+def test_what_a_file_answered_is_counted_over_loads() -> None:
+    answered, first = Answered(), Answering("a" * 64)
+    models: list[Any] = [first]
+    answered.look(models)
+    first.now = Counters(completed=4, failed=1, cancelled=7)
+    answered.look(models)
+    answered.look(models)
+    assert answered.by_sha256["a" * 64] == (5, 1)
+    again = Answering("a" * 64)  # unloaded and loaded again: its counters begin at 0
+    again.now = Counters(completed=2)
+    models = [again, Answering("b" * 64)]
+    answered.look(models)
+    assert answered.by_sha256 == {"a" * 64: (7, 1)}

@@ -127,7 +127,8 @@ def test_the_default_model_scored_by_both(model_path: Path, tmp_path: Path) -> N
     text = (Path(__file__).parents[2] / "LICENSE").read_text(encoding="utf-8")
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     done = lichen(
-        *("eval", str(model_path), "--text", str(tmp_path / "text.txt"), "--tokens", "512", "--window", "256"),
+        *("eval", str(model_path), "--text", str(tmp_path / "text.txt")),
+        *("--tokens", "512", "--window", "256"),
         *("--reference", str(model_path), "--json"),
         home=tmp_path,
     )

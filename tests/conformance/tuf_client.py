@@ -31,8 +31,8 @@ from lichen.sync.trust.verification import Found, Verification, check_bytes
 class _Metadata(HttpFetcher):
     """A mirror whose metadata lies at the URL itself, not below `metadata/`."""
 
-    def stream(self, name: str, limit: int) -> AsyncIterator[bytes]:
-        return super().stream(name.removeprefix("metadata/"), limit)
+    def stream(self, name: str, limit: int, start: int = 0) -> AsyncIterator[bytes]:
+        return super().stream(name.removeprefix("metadata/"), limit, start)
 
 
 def main() -> int:

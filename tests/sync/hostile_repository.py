@@ -180,7 +180,7 @@ class MemoryMirror:
     def address(self) -> str:
         return self._address
 
-    async def stream(self, name: str, limit: int) -> AsyncIterator[bytes]:
+    async def stream(self, name: str, limit: int, start: int = 0) -> AsyncIterator[bytes]:
         self.asked.append(name)
         sent = 0
         while name in self.endless:
@@ -193,13 +193,13 @@ class MemoryMirror:
             raise NotFound(f"no {name}")
         if len(self.files[name]) > limit:
             raise too_long(self.address, name, limit)
-        yield self.files[name]
+        yield self.files[name][start:]
 
 
 class DeadMirror(MemoryMirror):
     """A mirror that cannot be reached."""
 
-    async def stream(self, name: str, limit: int) -> AsyncIterator[bytes]:
+    async def stream(self, name: str, limit: int, start: int = 0) -> AsyncIterator[bytes]:
         for part in self.files.values():
             yield part
         raise SourceError("the mirror is dead")

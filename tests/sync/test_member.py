@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import hashlib
 import shutil
 from collections import namedtuple
 from collections.abc import Callable, Iterator
@@ -19,13 +20,14 @@ from lichen.errors import (
     SourceError,
 )
 from lichen.sync.manifest import make_manifest
+from lichen.sync.reporting.wire import UpdateReport
 from lichen.sync.rollout import DeviceFacts, Policy, Wave, pause, resume, roll_back, stop
 from lichen.sync.store import Store
 from lichen.sync.trust.bringing import FleetSupply
 from lichen.sync.trust.device import Device
 from lichen.sync.trust.enrolment import Enrolment, write_enrolment
 from lichen.sync.trust.exporting import export
-from lichen.sync.trust.member import Member, planned
+from lichen.sync.trust.member import Member, Served, planned
 from lichen.sync.trust.publisher import Publisher
 from lichen.sync.trust.rollouts import Rollouts
 from lichen.sync.trust.signers import Signers
@@ -175,6 +177,24 @@ async def test_a_full_disk_stops_the_download_and_is_said(
     monkeypatch.undo()
     await member.pull(["models/it"])
     assert studio.serves("models/it") == gguf_of(FIRST)
+
+
+async def test_what_a_version_answered_is_reported(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = gguf_of(FIRST)
+    studio.publish("models/it", data)
+    member = studio.member()
+    reports: list[UpdateReport] = []
+    monkeypatch.setattr(member.reporter, "put", reports.append)
+    await member.pull(["models/it"])
+    confirmed = reports[-1]
+    assert (confirmed.state, confirmed.requests) == ("confirmed", 0)
+    studio.now += datetime.timedelta(hours=1)
+    member.served({hashlib.sha256(data).hexdigest(): Served(50, 3), "0" * 64: Served(9, 9)})
+    member.served({hashlib.sha256(data).hexdigest(): Served()})
+    (answered,) = reports[reports.index(confirmed) + 1 :]
+    assert (answered.requests, answered.errors) == (50, 3)
+    assert answered.at == studio.seconds()
+    assert (answered.sha256, answered.quality) == (confirmed.sha256, confirmed.quality), "nothing gets lost"
 
 
 async def test_expiry_stops_updates_and_never_serving(studio: Studio) -> None:

@@ -19,6 +19,8 @@ from lichen.errors import (
 )
 from lichen.sync.updates.health import Health, Measured, Prompt, verdict
 from lichen.sync.updates.states import NEXT, STATES, TIMEOUTS, Assignment, advanced
+from tests.adapters.made_adapters import write_made
+from tests.models.tiny_models import write_tiny
 from tests.sync.update_bench import MODEL, SLOT, Machine
 from tests.sync.weights import gguf_of, weights
 
@@ -226,18 +228,24 @@ async def test_an_update_waits_where_the_machine_may_not_now(machine: Machine) -
     assert (outcome.waiting, outcome.update.state) == ("It waits for power.", "offered")
 
 
-async def test_an_adapter_is_refused_on_another_base(machine: Machine) -> None:
+async def test_an_adapter_is_refused_on_another_base(machine: Machine, tmp_path: Path) -> None:
+    tiny = write_tiny(tmp_path / "tiny.gguf", "llama")
+    lora = write_made(tmp_path / "lora.gguf", tiny, 1).read_bytes()
     machine.shop.add("adapters/it", b"lora")
     outcome = await machine.pull("adapters/it")
     assert "made for the model with sha256 bbbb" in outcome.error
     assert machine.shop.brought == 0, "not a byte is fetched"
-    base = machine.shop.add(MODEL, model(1))
-    machine.shop.add("adapters/it", b"lora", base=base)
+    base = machine.shop.add(MODEL, tiny.read_bytes())
+    machine.shop.add("adapters/none", b"GGUF no adapter", base=base)
+    machine.shop.add("adapters/it", lora, base=base)
     outcomes = await machine.updater.pull(
         [Assignment(slot=name, target=name) for name in ("adapters/it", MODEL)]
     )
     assert [outcome.assignment.slot for outcome in outcomes] == [MODEL, "adapters/it"], "the base comes first"
-    assert machine.serves("adapters/it") == b"lora"
+    assert machine.serves("adapters/it") == lora
+    outcome = await machine.pull("adapters/none")
+    assert outcome.update is not None and outcome.update.cause == "refused"
+    assert "not tried again" in (await machine.pull("adapters/none")).error
 
 
 async def test_what_a_slot_may_not_have(machine: Machine) -> None:
