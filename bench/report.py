@@ -180,6 +180,11 @@ def _soak_body(record: dict[str, Any]) -> list[str]:
 
 def _quantize_body(record: dict[str, Any]) -> list[str]:
     settings, reference, proxy = record["settings"], record["reference"], record["proxy"]
+    speeds = (
+        "the best of three rounds over all files"
+        if "speeds" in record["seconds"]
+        else "of one moment for each file, while other programs ran, and no comparison"
+    )
     noise = ", with uniform noise of up to half a step of Q4_1" if settings["dither"] else ""
     minutes = (
         sum(seconds for name, seconds in record["seconds"].items() if name not in ("scores", "speeds")) / 60
@@ -194,7 +199,7 @@ def _quantize_body(record: dict[str, Any]) -> list[str]:
         markdown(quantize_rows(record), left=2),
         f"Ratings of {len(proxy['pairs'])} tensors and types drawn by chance beside their measured KL: correlation of "
         f"logarithms {proxy['correlation_of_logs']:.2f}, median of measured over rated {proxy['median_ratio']:.2f}. All "
-        f"files and measurements took {minutes:.0f} minutes beside other work; tokens/s are the best of three rounds over all files, and only an impression.",
+        f"files and measurements took {minutes:.0f} minutes beside other work; tokens/s are {speeds}.",
     ]
 
 
