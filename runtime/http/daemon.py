@@ -108,7 +108,8 @@ class Daemon:
         self.options = options
         self.pool = pool
         folder = options.adapters_folder
-        self.models = Variants(pool, None if folder is None else Catalogue(Registry(folder)))
+        self.registry = None if folder is None else Registry(folder)
+        self.models = Variants(pool, None if self.registry is None else Catalogue(self.registry))
         self._store = store
         self.state: Literal["loading", "ok", "draining", "failed"] = "loading"
         self.url = ""
@@ -123,10 +124,10 @@ class Daemon:
             folder = options.learning_folder
             self.journal = JournalThread(folder / "journal.db", limit=options.journal_limit)
             self._files = FileStore(folder / "files", limit=options.files_limit)
-            if options.adapters_folder is not None:
-                registry, jobs = Registry(options.adapters_folder), JobStore(folder / "jobs")
+            if self.registry is not None:
+                jobs = JobStore(folder / "jobs")
                 self.learning = DaemonLearning(
-                    pool, jobs, self._files, registry, self.journal, options.gate, options.initiative
+                    pool, jobs, self._files, self.registry, self.journal, options.gate, options.initiative
                 )
         self._tls = server_context(options.tls_cert, options.tls_key)
         self._guard = Guard(
@@ -166,8 +167,9 @@ class Daemon:
         app.on_response_prepare.extend([name_request, self._guard.allow_reading, metrics.count_error])
         app.add_routes(metrics.routes())
         app.add_routes(OpenAIRoutes(self.use, self.models.known, self.pool.loaded, keeping).routes())
-        app.add_routes(FeedbackRoutes(self.journal, self.metrics).routes())
-        app.add_routes(FileRoutes(self._files, self.journal, self.options.read_timeout).routes())
+        timeout, registry = self.options.read_timeout, self.registry
+        app.add_routes(FeedbackRoutes(self.journal, self.metrics, registry).routes())
+        app.add_routes(FileRoutes(self._files, self.journal, timeout, registry).routes())
         app.add_routes(FineTuningRoutes(self.learning, self._files).routes())
         app.add_routes(TokenRoutes(self.use).routes())
         app.add_routes(ModelRoutes(self.models, self.check).routes())

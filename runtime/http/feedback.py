@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from typing import TYPE_CHECKING
 
@@ -26,14 +27,18 @@ from lichen.runtime.metrics import ProcessMetrics
 
 if TYPE_CHECKING:  # the journal's thread imports SQLite once it is needed
     from lichen.adapters.journal import Journal
+    from lichen.adapters.registry import Registry
 
 
 class FeedbackRoutes:
-    """The handlers. journal: None where this daemon keeps nothing."""
+    """The handlers. journal: None where this daemon keeps nothing. registry: of the adapters that learn."""
 
-    def __init__(self, journal: JournalThread | None, metrics: ProcessMetrics) -> None:
+    def __init__(
+        self, journal: JournalThread | None, metrics: ProcessMetrics, registry: Registry | None
+    ) -> None:
         self._journal = journal
         self._metrics = metrics
+        self._registry = registry
 
     def routes(self) -> list[web.RouteDef]:
         """Route table for `Application.add_routes`."""
@@ -87,16 +92,24 @@ class FeedbackRoutes:
         return web.Response(body=body, content_type="application/json")
 
     async def forget(self, request: web.Request) -> web.Response:
-        """Delete one record; answered when no byte of it is left in the journal's files."""
+        """Delete one record, and taint whatever learned from it; answered when no byte of it is left in the
+        journal's files."""
         id, owner = request.match_info["id"], asker()
 
         def work(journal: Journal) -> tuple[str, ...]:
             return journal.forget([journal.get(id, owner).id], owner).adapters
 
         adapters = await opened(self._journal).do(work, scrub=True)
+        await tainted(self._registry, adapters)
         return struct_response(
             FeedbackDeleted(id=id, object="feedback.deleted", deleted=True, tainted_adapters=list(adapters))
         )
+
+
+async def tainted(registry: Registry | None, adapters: tuple[str, ...]) -> None:
+    """Mark versions that learned from what is gone now, so that none of them is promoted again."""
+    if adapters and registry is not None:
+        await asyncio.to_thread(registry.taint, adapters)
 
 
 def opened(journal: JournalThread | None) -> JournalThread:

@@ -7,7 +7,7 @@ import asyncio
 import functools
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from aiohttp import BodyPartReader, MultipartReader, web
 from aiohttp.http_exceptions import HttpProcessingError
@@ -15,10 +15,13 @@ from aiohttp.http_exceptions import HttpProcessingError
 from lichen.adapters.files import FileStore, StoredFile, Upload
 from lichen.adapters.thread import JournalThread
 from lichen.errors import RequestError, UnsupportedField
-from lichen.runtime.http.feedback import opened, struct_response
+from lichen.runtime.http.feedback import opened, struct_response, tainted
 from lichen.runtime.http.journal_schema import FileDeleted, FileList, FilesQuery, file_object, parse_query
 from lichen.runtime.http.keeping import asker
 from lichen.runtime.http.limits import arriving
+
+if TYPE_CHECKING:
+    from lichen.adapters.registry import Registry
 
 T = TypeVar("T")
 
@@ -31,12 +34,20 @@ PLAIN = frozenset({"binary", "8bit", "7bit"})
 
 
 class FileRoutes:
-    """The handlers. journal: None where this daemon keeps nothing. read_timeout: seconds, see `arriving`."""
+    """The handlers. journal: None where this daemon keeps nothing. read_timeout: seconds, see `arriving`.
+    registry: of the adapters that learn."""
 
-    def __init__(self, store: FileStore | None, journal: JournalThread | None, read_timeout: float) -> None:
+    def __init__(
+        self,
+        store: FileStore | None,
+        journal: JournalThread | None,
+        read_timeout: float,
+        registry: Registry | None,
+    ) -> None:
         self._store = store
         self._journal = journal
         self._read_timeout = read_timeout
+        self._registry = registry
         # Its own threads, so that checking a large file keeps nothing else waiting.
         self._workers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="lichen-files")
 
@@ -102,6 +113,7 @@ class FileRoutes:
         await self._off_loop(functools.partial(store.get, id, asker()))
         adapters = await opened(self._journal).do(lambda journal: journal.forget_lessons([id]))
         await self._off_loop(functools.partial(store.delete, id, asker()))
+        await tainted(self._registry, adapters)
         return struct_response(
             FileDeleted(id=id, object="file", deleted=True, tainted_adapters=list(adapters))
         )

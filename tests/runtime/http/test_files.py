@@ -16,9 +16,13 @@ import pytest
 
 from lichen.adapters import files as files_module
 from lichen.adapters.journal import Journal
+from lichen.adapters.registry import Registry
+from lichen.errors import RegistryError
 from lichen.runtime.http.daemon import Daemon, DaemonOptions
 from lichen.runtime.http.keys import KeyStore
+from tests.adapters.made_adapters import add_made
 from tests.conftest import empty_pool
+from tests.models.tiny_models import write_tiny
 from tests.runtime.http.hostile import drip
 
 LINES = b"".join(
@@ -75,6 +79,26 @@ async def test_a_deleted_file_taints_what_learned_from_it(tmp_path: Path) -> Non
         assert gone.model_extra == {"tainted_adapters": ["sha-a"]}
         with closing(Journal.open(tmp_path / "journal.db")) as journal:
             assert [taint.adapter for taint in journal.tainted()] == ["sha-a"]
+
+
+async def test_no_version_is_promoted_again_that_learned_from_what_is_gone(tmp_path: Path) -> None:
+    model, registry = write_tiny(tmp_path / "tiny.gguf", "llama"), Registry(tmp_path / "adapters")
+    first, second = (add_made(registry, "mine", model, seed).digest for seed in (1, 2))
+    folder = tmp_path / "learning"
+    async with listening(folder, adapters_folder=registry.folder) as daemon, client_of(daemon) as client:
+        file = await client.files.create(file=("a.jsonl", LINES), purpose="fine-tune")
+        opinion = {"messages": [{"role": "user", "content": "?"}], "answer": "A.", "correction": "B."}
+        async with httpx.AsyncClient(base_url=daemon.url, trust_env=False) as plain:
+            record = (await plain.post("/v1/feedback", json=opinion)).json()["id"]
+            with closing(Journal.open(folder / "journal.db")) as journal, journal.writing():
+                journal.used_in([file.id], first)
+                journal.used_in([record], second)
+            await client.files.delete(file.id)
+            assert set(registry.standing("mine").tainted) == {first}
+            assert (await plain.delete(f"/v1/feedback/{record}")).json()["tainted_adapters"] == [second]
+    assert set(registry.standing("mine").tainted) == {first, second}
+    with pytest.raises(RegistryError, match="forgotten since"):
+        registry.promote("mine", first)
 
 
 @pytest.mark.parametrize(
