@@ -1,12 +1,13 @@
 """What learning on the device brings and what it costs: one lesson, and lessons one after another.
 
     python -m bench.learn lesson [--model MODEL] [--minutes N] [--lessons N]
-    python -m bench.learn sequence [--model MODEL] [--steps N] [--lessons N] [--seeds N]
+    python -m bench.learn sequence [--model MODEL] [--steps N] [--lessons N] [--seeds N] [--arms A,B] [--keep FILE]
 
 `lesson`: banking77 as a stream of corrections ("which intent is this?", 77 labels). A real trainer's process
 learns for so many minutes, and its held-out error, its loss on held-out answers and its loss on general answers
 (the model's own to Spec-Bench's questions, none of which is replayed) are measured on the way. `sequence` is
-explained in `bench/sequence.py`. Writes a result to bench/results/ and, of the lesson, a picture to docs/img/.
+explained in `bench/sequence.py`; with --keep each way and seed is written down once it is done, and the same
+command goes on after an interruption. Writes a result to bench/results/ and a picture to docs/img/.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from bench.flags import DEFAULT_MODEL
 from bench.peer import ROOT
 from bench.pictures import draw_lesson
 from bench.sequence import ARMS, Lessons, sequence
+from bench.sequence_table import draw_sequence, sequence_rows, summarized
+from bench.table import markdown
 from bench.taught import Schoolbook
 from lichen.adapters.events import Event, Finished, Measured, Stepped
 from lichen.adapters.launch import Training, prepare
@@ -51,6 +54,8 @@ def main() -> None:
     for name, default in (("steps", 40), ("lessons", 400), ("measured", 64), ("seeds", 1)):
         many.add_argument(f"--{name}", type=int, default=default)
     many.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False) or 1)
+    many.add_argument("--arms", default=",".join(ARMS), help="which ways, of all by default")
+    many.add_argument("--keep", type=Path, help="file that finished ways and seeds are kept in")
     many.add_argument("--model", default=DEFAULT_MODEL, help="a GGUF file, or a model of lichen's store")
     options = parser.parse_args()
     options.model = model_file(options.model)
@@ -62,20 +67,41 @@ def main() -> None:
     if options.command == "lesson":
         draw_lesson(record, ROOT / "docs" / "img")
         record = {name: record[name] for name in ("before", "after", "steps", "seconds")}
+    else:
+        draw_sequence(record["runs"], ROOT / "docs" / "img")
+        print("\n".join(markdown(sequence_rows(record["runs"]))))
+        record = record["summary"]
     print(json.dumps(record))
 
 
 def many_lessons(options: argparse.Namespace) -> dict[str, Any]:
     """Lessons in sequence, every arm with every seed; each result is shown when it is there."""
     torch.set_num_threads(options.threads)
-    runs = []
+    settings = {name: getattr(options, name) for name in ("steps", "lessons", "measured")}
+    settings["model"] = options.model.name
+    runs = _kept(options.keep, settings)
     for seed in range(options.seeds):
-        lessons = Lessons(options.model, lessons=options.lessons, measured=options.measured, seed=seed)
-        for arm in ARMS:
+        lessons: Lessons | None = None
+        for arm in options.arms.split(","):
+            if any((run["arm"], run["seed"]) == (arm, seed) for run in runs):
+                continue
+            lessons = lessons or Lessons(
+                options.model, lessons=options.lessons, measured=options.measured, seed=seed
+            )
             runs.append(sequence(options.model, lessons, arm, options.steps, seed))
             print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
-    settings = {name: getattr(options, name) for name in ("steps", "lessons", "measured", "seeds")}
-    return {"settings": settings, "runs": runs}
+            if options.keep is not None:
+                with options.keep.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"settings": settings, "run": runs[-1]}) + "\n")
+    return {"settings": {**settings, "seeds": options.seeds}, "summary": summarized(runs), "runs": runs}
+
+
+def _kept(path: Path | None, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Runs of an earlier process with the same settings."""
+    if path is None or not path.exists():
+        return []
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [line["run"] for line in lines if line["settings"] == settings]
 
 
 def one_lesson(options: argparse.Namespace) -> dict[str, Any]:

@@ -59,10 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 async def _measure(options: Namespace) -> dict[str, Any]:
     path = model_file(options.model)
-    record: dict[str, Any] = {"kind": "learn_while_serving", "status": "ok", **certificate(path)}
+    record: dict[str, Any] = {"kind": "learn_while_serving", "status": "ok", "birth": certificate(path)}
     with tempfile.TemporaryDirectory() as folder:
         record["summary"] = await _phases(options, path, Path(folder))
-    close_certificate(record)
+    close_certificate(record["birth"])
     return record
 
 
