@@ -69,7 +69,7 @@ def main() -> None:
         record = {name: record[name] for name in ("before", "after", "steps", "seconds")}
     else:
         draw_sequence(record["runs"], ROOT / "docs" / "img")
-        print("\n".join(markdown(sequence_rows(record["runs"]))))
+        print(markdown(sequence_rows(record["runs"])))
         record = record["summary"]
     print(json.dumps(record))
 
