@@ -71,6 +71,11 @@ class FrozenStates:
             rows += lengths[number]
         return rows
 
+    @property
+    def known(self) -> int:
+        """How many sequences' states are kept by now."""
+        return len(self._known)
+
     def batch(self, numbers: Sequence[int]) -> tuple[Packed, Tensor]:
         """Sequences one after the other behind what they share, and their states, float32 [tokens, width]."""
         packed = pack([self._sequences[number] for number in numbers], shared=self._front)

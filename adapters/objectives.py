@@ -50,6 +50,11 @@ class Rows:
         self.model, self.lengths = model, lengths
         self._first, self._states, self._answers = first, states, answers
 
+    @property
+    def known(self) -> int:
+        """How many sequences have kept states by now."""
+        return self._states.known
+
     def run(self, numbers: Sequence[int]) -> tuple[Tensor, Taught]:
         """Last hidden state [tokens, width] of some of them, and where their answers are."""
         packed, states = self._states.batch(numbers)

@@ -25,16 +25,18 @@ from lichen.models.loss import sum_of_parts
 
 PACE = 0.05  # by which share the weight changes in a step, at the most
 MEMORY = 0.9  # of the divergence from step to step: a step sees a few answers only
-HEAVIEST = 100  # times the least weight
+HEAVIEST = 10  # times the least weight
 LEAST = 1e-6  # probability of all but the kept continuations, at the least: its logarithm must be finite
 
 
 def joined(learn: Tensor, keep: Tensor) -> Tensor:
     """One direction from two gradients, each float32 [parameters].
 
-    PCGrad (Yu et al., 2020, arXiv:2001.06782): where they point apart each loses what goes against the
-    other; the sum then lowers both to first order.
+    `keep` counts for no more than `learn`: a weight that has grown makes it tens of times longer, and steps,
+    whose length is bounded, would no longer learn. Then PCGrad (Yu et al., 2020, arXiv:2001.06782): where
+    they point apart each loses what goes against the other; the sum then lowers both to first order.
     """
+    keep = keep * torch.clamp(learn.norm() / keep.norm().clamp_min(LEAST**2), max=1.0)
     inner = torch.dot(learn, keep)
     if inner >= 0:
         return learn + keep

@@ -68,7 +68,7 @@ class Keeping(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     weight: Annotated[float, Meta(ge=0, le=1e6)] = 10.0
-    budget: Annotated[float, Meta(gt=0, le=1e3)] = 0.002
+    budget: Annotated[float, Meta(gt=0, le=1e3)] = 0.005
     answers: Annotated[int, Meta(ge=0, le=4096)] = 2
     earlier: Annotated[int, Meta(ge=0, le=4096)] = 2
     length: Annotated[int, Meta(ge=1, le=4096)] = 48

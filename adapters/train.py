@@ -7,6 +7,7 @@ Not covered: when to train, and whether the result is good enough to be served.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from lichen.models.decoder import Decoder
 RATES = {"supervised": 2e-3, "preference": 5e-5}  # the first is measured (docs/log.md)
 NORM = 1.0  # longest gradient
 BETAS = (0.9, 0.99)  # a shorter memory than usual: trainings here have hundreds of steps
+TRIED = 4  # steps before a training whose time is limited
 PROBED = 48  # examples that pruning measures on
 MEASURED = 128  # held-out examples at most: more would cost minutes and change the second digit
 
@@ -99,21 +101,37 @@ class Trainer:
         return sum(parameter.numel() for parameter in self._trained)
 
     def fit_into(self, seconds: float) -> None:
-        """Lower the number of steps to what fits; two are tried, and leave nothing behind."""
+        """Lower the number of steps to what fits; some are tried, and leave nothing behind.
+
+        What a first epoch adds, the states of examples that were never seen, is told apart: tried steps
+        compute them for their neighbours too (`frozen.py`), so they look slower than those that follow.
+        """
         state, kept = self._course.state(), None if self._keeper is None else self._keeper.state()
-        took = 0.0
-        for _ in range(2):  # the first warms everything up
-            chosen = self._course.next()  # their frozen states are not known yet, as in a first epoch
-            started = time.monotonic()
-            self._gradients(chosen)
-            if self._keeper is not None:
-                self._keeper.step()
-            took = time.monotonic() - started
+        fresh, known = 0.0, []
+        for _ in range(TRIED):
+            chosen = self._course.next()
+            fresh += self._timed(chosen)
+            known.append(self._timed(chosen))
+            fresh -= known[-1]
         self._optimizer.zero_grad()
         self._course.restore(state)
         if self._keeper is not None and kept is not None:
             self._keeper.restore(kept)
-        self.steps = max(1, min(self.steps, int(seconds / took)))
+        step = statistics.median(known)
+        new = max(0.0, fresh) * self.task.batch / max(1, self._train.known)  # a step of the first epoch more
+        epoch = self._course.steps_an_epoch
+        fitting = seconds / (step + new)
+        if fitting > epoch:
+            fitting = epoch + (seconds - epoch * (step + new)) / step
+        self.steps = max(1, min(self.steps, int(fitting)))
+
+    def _timed(self, chosen: list[int]) -> float:
+        """Seconds that the gradients of a step take, which are then forgotten."""
+        started = time.monotonic()
+        self._gradients(chosen)
+        if self._keeper is not None:
+            joined(taken(self._trained), self._keeper.step().gradient)
+        return time.monotonic() - started
 
     def advance(self) -> Step:
         """One step. Raises TrainingError when the loss is no number any more."""

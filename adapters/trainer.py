@@ -89,9 +89,11 @@ class Run:
         path = self.folder / CHECKPOINT
         state = checkpoint.load(path, self.identity)
         if state is None:
+            began = time.monotonic()
             self.before = trainer.measure("before")
             if self.task.minutes is not None:
-                trainer.fit_into(self.task.minutes * 60 - (time.monotonic() - started))
+                measuring = (time.monotonic() - began) * (self.task.measurements + 1)
+                trainer.fit_into(self.task.minutes * 60 - (time.monotonic() - started) - measuring)
             self._save(trainer)
         else:
             trainer.restore(state)

@@ -94,6 +94,20 @@ def test_it_learns(model_file: Path, tmp_path: Path) -> None:
     assert steps[-1].epoch == 7 and {step.epoch for step in steps} == set(range(8))
 
 
+def test_fitting_a_training_into_its_time_leaves_nothing_behind(model_file: Path, tmp_path: Path) -> None:
+    task = task_of(model_file, tmp_path)
+    plain = Trainer(load_model(model_file), task, EXAMPLES, tmp_path)
+    fitted = Trainer(load_model(model_file), task, EXAMPLES, tmp_path)
+    fitted.fit_into(1e6)
+    assert fitted.steps == plain.steps == 10
+    for trainer in (plain, fitted):
+        for _ in range(3):
+            trainer.advance()
+    assert bits(plain) == bits(fitted)
+    fitted.fit_into(0.0)
+    assert fitted.steps == 1
+
+
 def test_preferences_are_learned_and_the_reference_is_the_model_itself(
     model_file: Path, tmp_path: Path
 ) -> None:
