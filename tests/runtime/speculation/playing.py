@@ -11,6 +11,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Items
 from unittest.mock import Mock
 
+from lichen.runtime.batch import micro_batches, runs_of
 from lichen.runtime.counters import Counters
 from lichen.runtime.generation import Mailbox
 from lichen.runtime.scheduler import Budget, Scheduler
@@ -103,15 +104,17 @@ def play(
         Sequence(prompt=[0], options=SamplingOptions(max_tokens=tokens), mailbox=Mock(spec=Mailbox))
         for _ in range(sequences)
     ]
-    for sequence in live:
+    for slot, sequence in enumerate(live):
+        sequence.slot = slot
         sequence.tokens.append(1)  # the prompt is over
         sequence.computed = 1
         speculation.begin(sequence)
     spent = plain = 0.0
     while live:
-        chunks = speculation.extend(scheduler.plan(live))
-        width = sum(chunk.count + len(chunk.draft) for chunk in chunks)
-        seconds = PLAIN_S * curve(width) * chance.uniform(1 - noise, 1 + noise)
+        chunks = speculation.extend(sorted(scheduler.plan(live), key=lambda chunk: chunk.sequence.slot or 0))
+        slots = [chunk.sequence.slot or 0 for chunk in chunks]
+        widths = micro_batches(slots, [chunk.count + len(chunk.draft) for chunk in chunks])
+        seconds = PLAIN_S * sum(map(curve, widths)) * chance.uniform(1 - noise, 1 + noise)
         spent += seconds + sum(drafter.token_s * len(chunk.draft) for drafter in drafters for chunk in chunks)
         drawn = 0
         for chunk in chunks:
@@ -130,8 +133,8 @@ def play(
                 speculation.judge(chunk, accepted, counters)
             sequence.computed = len(sequence.tokens) - 1
             drawn += len(sequence.tokens) - base
-        plain += drawn * PLAIN_S * curve(len(chunks)) / len(chunks)
-        speculation.stepped(chunks, drawn, seconds)
+        plain += drawn * PLAIN_S * sum(map(curve, runs_of(slots))) / len(chunks)
+        speculation.stepped(drawn, seconds)
     return plain / spent, counters
 
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lichen.runtime.sequence import Sequence
-from lichen.runtime.speculation.control import INCOME, LOAN, Acceptance, Controller, Offer, StepCosts
+from lichen.runtime.speculation.control import INCOME, LOAN, Acceptance, Controller, Offer
+from lichen.runtime.speculation.costs import StepCosts
 from lichen.runtime.speculation.drafter import MAX_DRAFT
 from tests.runtime.speculation.playing import (
     CURVES,
@@ -62,12 +63,13 @@ def test_one_of_four_sequences_drafts_and_the_others_wait_no_longer_than_allowed
         return float(sequence.id % 4 == 0)
 
     speed, counters = play(CURVES["bound by memory"], [Oracle(first_only)], sequences=4)
-    assert speed >= 1.0
-    assert counters.draft_accepted > 800, "of the thousand tokens that could be known"
+    # Its own micro-batch of eight tokens costs a plain step; one token more of all four costs nothing here.
+    assert speed >= 1.1
+    assert counters.draft_accepted > 400, "of the thousand tokens that could be known"
 
 
 def test_speculation_fades_as_the_batch_fills() -> None:
-    curve = through((1, 1.0), (8, 1.2), (16, 4.0), (64, 24.0))
+    curve = through((1, 1.0), (4, 1.1), (16, 4.0), (64, 16.0))
     drafted = [
         play(curve, [Oracle(copying)], sequences=n, tokens=300)[1].draft_tokens / n for n in (1, 4, 16)
     ]
@@ -127,7 +129,7 @@ def test_costs_never_fall_with_width_and_lie_between_what_was_measured(
 ) -> None:
     costs = StepCosts()
     for at, seconds in measured.items():
-        costs.observe(at, seconds)
+        costs.observe([at], seconds)
     curve = [costs.seconds(w) for w in range(1, 65)]
     assert all(a <= b * (1 + 1e-9) for a, b in itertools.pairwise(curve))
     assert all(math.isfinite(value) and value > 0 for value in curve)
@@ -136,17 +138,17 @@ def test_costs_never_fall_with_width_and_lie_between_what_was_measured(
 def test_before_the_first_step_nothing_is_known_and_nothing_drafted() -> None:
     controller = Controller()
     assert controller.costs.seconds(1) == 0.0
-    assert controller.allowance(1, 16) == 0
-    assert controller.lengths(1, [Offer([1.0] * 16)], 16) == [0]
+    assert controller.allowance([1], 16) == 0
+    assert controller.lengths([1], [Offer([1.0] * 16)], 16) == [0]
 
 
 def test_a_machine_that_slows_down_as_a_whole_keeps_its_ratios() -> None:
     costs = StepCosts()
     for _ in range(20):
-        costs.observe(1, 0.01)
-        costs.observe(8, 0.02)
+        costs.observe([1], 0.01)
+        costs.observe([8], 0.02)
     for step in range(600):
-        costs.observe(1, 0.01 * (1 + step / 300))
+        costs.observe([1], 0.01 * (1 + step / 300))
     assert 1.4 < costs.seconds(8) / costs.seconds(1) < 2.4
 
 
@@ -154,19 +156,19 @@ def test_a_width_that_was_dear_once_is_tried_again_in_time() -> None:
     """Wide steps were measured while another program ran; nothing else would ever correct that."""
     controller = Controller()
     for _ in range(20):
-        controller.costs.observe(1, 0.01)
-        controller.costs.observe(8, 0.2)
-    assert controller.allowance(1, 7) == 0
+        controller.costs.observe([1], 0.01)
+        controller.costs.observe([8], 0.2)
+    assert controller.allowance([1], 7) == 0
     for _ in range(4000):
-        controller.stepped(1, 0, 1, 0.01, 0.01)
-    assert controller.allowance(1, 7) > 0
+        controller.stepped([1], [1], 1, 0.01, 0.01)
+    assert controller.allowance([1], 7) > 0
 
 
 def test_a_width_that_became_dear_alone_is_seen_as_such() -> None:
     costs = StepCosts()
     for turn in range(60):
-        costs.observe(1, 0.01)
-        costs.observe(8, 0.02 if turn < 20 else 0.06)
+        costs.observe([1], 0.01)
+        costs.observe([8], 0.02 if turn < 20 else 0.06)
     assert costs.seconds(8) / costs.seconds(1) > 4
 
 
