@@ -107,27 +107,35 @@ def structured_rows(record: dict[str, Any]) -> Rows:
 
 
 def speculation_rows(record: dict[str, Any]) -> Rows:
-    """Header and a row for each kind of work: rates without and with drafted tokens."""
+    """Header and a row for each layout and kind of work: rates without and with drafted tokens, and bounds."""
     rows: Rows = [
-        ["work", "answers", "same", "plain tokens/s", "drafted tokens/s", "drafted ÷ plain", "median", "range",
-         "accepted", "tokens a step"]
+        ["layout", "work", "answers", "same", "plain tokens/s", "drafted", "drafted ÷ plain", "range",
+         "llama-server plain", "drafted", "drafted ÷ its best", "accepted", "tokens a step", "attainable",
+         "of it", "memory-bound (computed)"]
     ]  # fmt: skip
-    for kind, cell in record["summary"].items():
-        share = cell["accepted"]
-        rows.append(
-            [
-                kind,
-                str(cell["answers"]),
-                str(cell["same"]),
-                number(cell["plain_tokens_per_second"]),
-                number(cell["drafted_tokens_per_second"]),
-                number(cell["ratio"], 2),
-                number(cell["median_ratio"], 2),
-                f"{cell['low']:.2f}..{cell['high']:.2f}",
-                number(None if share is None else share * 100, 0, " %"),
-                number(cell["tokens_a_step"], 2),
-            ]
-        )
+    for layout, found in record["layouts"].items():
+        for kind, cell in found["summary"].items():
+            share, rates, part = cell["accepted"], cell["rates"], cell["of_attainable"]
+            rows.append(
+                [
+                    layout,
+                    kind,
+                    str(cell["answers"]),
+                    str(cell["same"]),
+                    number(rates["plain"]),
+                    number(rates["drafted"]),
+                    number(cell["ratio"], 2),
+                    f"{cell['low']:.2f}..{cell['high']:.2f}",
+                    number(rates.get("peer_plain")),
+                    number(rates.get("peer_drafted")),
+                    number(cell["peer_ratio"], 2),
+                    number(None if share is None else share * 100, 0, " %"),
+                    number(cell["tokens_a_step"], 2),
+                    number(cell["attainable"], 2),
+                    number(None if part is None else part * 100, 0, " %"),
+                    number(cell["memory_bound_computed"], 2),
+                ]
+            )
     return rows
 
 

@@ -1,12 +1,12 @@
 """How much to draft in a step: measured costs of wide steps, learned acceptance, and a purse.
 
-Without drafts, n sequences get n tokens. llama.cpp computes a step in micro-batches (`batch.micro_batches`): as
-many tokens of each sequence as all of a run of neighbouring slots have, then what some of them have more. So
-where all sequences of a run of m draft k tokens, that is one micro-batch of m(1 + k), and where only some do,
-each draft is a micro-batch of its own, which reads all weights again: with sixteen sequences hardly ever worth
-it. The controller knows what micro-batches cost (`costs.py`), learns how often the i-th token of a draft is right
-for each kind of draft and each sequence (`Acceptance`), and takes the lengths that yield most tokens a second,
-0 among them.
+Without drafts, n sequences get n tokens. llama.cpp computes a step in micro-batches
+(`batch.micro_batches`): as many tokens of each sequence as all of a run of neighbouring slots have, then what
+some of them have more. So where all sequences of a run of m draft k tokens, that is one micro-batch of
+m(1 + k), and where only some do, each draft is a micro-batch of its own, which reads all weights again: with
+sixteen sequences hardly ever worth it. The controller knows what micro-batches cost (`costs.py`), learns how
+often the i-th token of a draft is right for each kind of draft and each sequence (`Acceptance`), and takes the
+lengths that yield most tokens a second, 0 among them.
 
 Estimates are optimistic, which is what makes it explore; the `Purse` bounds what that may cost. It earns a
 share of the time that plain steps take and whatever drafts gain, it pays for what they lose, and a bet that
@@ -134,8 +134,8 @@ class Controller:
         return self._kinds.setdefault(kind, Acceptance())
 
     def allowance(self, runs: Runs, room: int) -> int:
-        """Tokens of one sequence, at most `room`, beyond which drafts cannot pay although every one were right;
-        0: propose nothing."""
+        """Tokens of one sequence, at most `room`, beyond which drafts cannot pay although every one were
+        right; 0: propose nothing."""
         costs, n = self.costs, sum(runs)
         if n <= 0 or any(costs.age(run) > REFRESH for run in set(runs)):
             return 0
@@ -256,8 +256,8 @@ class Controller:
     def stepped(
         self, runs: Runs, widths: Sequence[int], tokens: int, compute_s: float, whole_s: float
     ) -> None:
-        """A step without prompts is over: micro-batches of `widths` tokens, `tokens` new ones; whole_s includes
-        drafting."""
+        """A step without prompts is over: micro-batches of `widths` tokens, `tokens` new ones; whole_s
+        includes drafting."""
         plain, n = self.costs.total(runs), sum(runs)
         drafted = sum(widths) > n
         self.costs.observe(widths, compute_s, plain=not drafted)

@@ -17,13 +17,13 @@ FIRST = 3.0  # and so much of the first
 
 
 class StepCosts:
-    """Seconds of a micro-batch by the number of tokens that it computes, between and beyond what was measured;
-    a step takes as long as its micro-batches together.
+    """Seconds of a micro-batch by the number of tokens that it computes, between and beyond what was
+    measured; a step takes as long as its micro-batches together.
 
     A measured change is put down to the widths of that step as far as the other widths were measured
     recently, and to the whole machine (heat, other programs) as far as they were not. Of a step with several
-    micro-batches, those are blamed most whose cost no plain step has told lately: what drafts add must not make
-    plain steps look dear, which would make more drafts look cheap.
+    micro-batches, those are blamed most whose cost no plain step has told lately: what drafts add must not
+    make plain steps look dear, which would make more drafts look cheap.
     """
 
     def __init__(self) -> None:

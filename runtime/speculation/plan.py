@@ -30,8 +30,8 @@ class _Live:
 
 @dataclass(slots=True, frozen=True)
 class _Step:
-    """A step that only continues answers, so that its time tells what tokens cost. runs: sizes of the groups of
-    neighbouring slots; widths: tokens of its micro-batches, which without drafts are the same."""
+    """A step that only continues answers, so that its time tells what tokens cost. runs: sizes of the groups
+    of neighbouring slots; widths: tokens of its micro-batches, which without drafts are the same."""
 
     runs: Items[int]
     widths: Items[int]
@@ -106,8 +106,8 @@ class Speculation:
                 reader.read(sequence, context, index)
 
     def extend(self, chunks: list[Chunk]) -> list[Chunk]:
-        """The chunks of a step, in the order of their slots, with drafts behind those that are worth one. Steps
-        with prompts get none."""
+        """The chunks of a step, in the order of their slots, with drafts behind those that are worth one.
+        Steps with prompts get none."""
         self._step, self._drafting_s = None, 0.0
         if not self.drafters or not _only_streams(chunks):
             return chunks
