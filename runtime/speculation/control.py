@@ -5,8 +5,8 @@ Without drafts, n sequences get n tokens. llama.cpp computes a step in micro-bat
 some of them have more. So where all sequences of a run of m draft k tokens, that is one micro-batch of
 m(1 + k), and where only some do, each draft is a micro-batch of its own, which reads all weights again: with
 sixteen sequences hardly ever worth it. The controller knows what micro-batches cost (`costs.py`), learns how
-often the i-th token of a draft is right for each kind of draft and each sequence (`Acceptance`), and takes the
-lengths that yield most tokens a second, 0 among them.
+often the i-th token of a draft is right for each kind of draft and each sequence (`Acceptance`), and takes
+the lengths that yield most tokens a second, 0 among them.
 
 Estimates are optimistic, which is what makes it explore; the `Purse` bounds what that may cost. It earns a
 share of the time that plain steps take and whatever drafts gain, it pays for what they lose, and a bet that
