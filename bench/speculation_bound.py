@@ -83,7 +83,7 @@ async def answers_and_lies(
     )
     served = ServedModel.load(path, name="model", sha256="", options=settings)
     speculation = served.engine.speculation
-    speculation.drafters[:] = [Liar(served.model.vocab_size - 1)]
+    speculation.drafters[:] = [Liar(served.engine.model.vocab_size - 1)]
     texts: dict[str, list[tuple[list[int], int]]] = {}
     entries = []
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
+from itertools import pairwise
 
 import numpy as np
 
@@ -15,7 +16,7 @@ def following_head(texts: Iterable[Items[int]], *, base: str, vocabulary: int, h
     """Looks only at the last token, and guesses what most often followed it in texts [n] of token ids."""
     follows: dict[int, Counter[int]] = {}
     for tokens in texts:
-        for one, two in zip(tokens, tokens[1:], strict=False):
+        for one, two in pairwise(tokens):
             follows.setdefault(one, Counter())[two] += 1
     words = np.array(sorted({*follows, *(two for counts in follows.values() for two in counts)}))
     size = len(words)

@@ -36,9 +36,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 LENGTH = 24
 AT_ONCE = 3  # answers together, so that sequences with drafts and without share steps
-SUBJECTS = tuple(
-    ["rivers", "bread", "winter", "clocks", "gardens", "oceans", "owls", "paper", "bridges", "tea", "coal"]
-)
+SUBJECTS = tuple("rivers bread winter clocks gardens oceans owls paper bridges tea coal".split())  # noqa: SIM905 - one line
 TASKS = (
     "Explain {} to a child.",
     "Write a rhyme about {}, then write it again.",
@@ -92,7 +90,7 @@ async def drafting(request: pytest.FixtureRequest, model_path: Path) -> AsyncIte
     served = await asyncio.to_thread(ServedModel.load, model_path, name=kind, sha256="", options=options)
     served.engine.speculation.controller = Eager()
     if kind == "lying":
-        size = served.model.vocab_size
+        size = served.engine.model.vocab_size
         lies = Told(lambda tokens: [(tokens[-1] + 17 + at) % size for at in range(6)])
         served.engine.speculation.drafters[:] = [lies]
     elif kind == "head":
@@ -107,7 +105,8 @@ async def drafting(request: pytest.FixtureRequest, model_path: Path) -> AsyncIte
 async def pair_head(served: ServedModel, model_path: Path) -> DraftHead:
     """A head that guesses what most often followed the last token in some answers."""
     texts = [(await ask(served, prompt, "greedy", drafts=False))[0].tokens for prompt in ALL[:6]]
-    return following_head(texts, base=hash_file(model_path), vocabulary=served.model.vocab_size, hidden=576)
+    size = served.engine.model.vocab_size
+    return following_head(texts, base=hash_file(model_path), vocabulary=size, hidden=576)
 
 
 async def ask(served: ServedModel, prompt: str, case: str, *, drafts: bool) -> list[Sequence]:
