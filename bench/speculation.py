@@ -28,7 +28,7 @@ import lichen.config
 from bench.certificate import certificate, close_certificate, model_file, save
 from bench.copying import copying
 from bench.flags import model_flags
-from bench.peer import BenchError, Settings
+from bench.peer import BenchError, Peer, Settings
 from bench.prompts import data_folder
 from bench.server import free_port, run_to_end, running
 from bench.speculation_bound import answers_and_lies, bound, step_costs
@@ -135,14 +135,12 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
         "status": "ok",
         "birth": certificate(source),
         "settings": {name: getattr(options, name) for name in given},
-        "servers": {"lichen": {"command": lichen_peer.shown_command(settings), **lichen_peer.identity()}},
+        "servers": {"lichen": _described(lichen_peer, settings)},
         "layouts": {},
         "runs": [],
     }
     if not options.no_peer:
-        plain = peer_settings(None)["plain"]
-        described = {"title": plain.title, "command": plain.shown_command(settings), **plain.identity()}
-        record["servers"]["llama_server"] = described
+        record["servers"]["llama_server"] = _described(peer_settings(None)["plain"], settings)
     work = questions(data_folder(), max(options.questions, 8))
     if options.kind:
         work = {kind: bodies for kind, bodies in work.items() if kind in options.kind}
@@ -154,6 +152,10 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     close_certificate(record["birth"])
     conclude(record)
     return record
+
+
+def _described(peer: Peer, settings: Settings) -> dict[str, Any]:
+    return {"title": peer.title, "command": peer.shown_command(settings), **peer.identity()}
 
 
 async def _layout(

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.speculation_sides import Work
+from bench.speculation_sides import COPYING, Work
 from lichen.runtime.answer_form import AnswerForm
 from lichen.runtime.generation import Mailbox
 from lichen.runtime.native import DECODE_OK, Context, ContextSize, Model
@@ -239,11 +239,12 @@ def bound(
     texts: Mapping[str, Sequence[tuple[list[int], int]]], seconds: Mapping[int, float]
 ) -> dict[str, dict[str, Any]]:
     """Kind of work -> attainable speed on this machine, and computed for one that memory binds."""
+    kinds = {kind: [guesses(*answer) for answer in answers] for kind, answers in texts.items()}
+    sums = {"copying": COPYING, "all": tuple(kinds)}
+    for name, members in sums.items():
+        kinds[name] = [answer for kind in members for answer in kinds.get(kind, ())]
     found = {}
-    everything: list[list[Guess]] = []
-    for kind, answers in [*texts.items(), ("all", ())]:
-        replayed = [guesses(*answer) for answer in answers] if answers else everything
-        everything += replayed if answers else []
+    for kind, replayed in kinds.items():
         found[kind] = {
             "attainable": round(attainable(replayed, curve_of(seconds)), 4),
             "attainable_memory_bound_computed": round(attainable(replayed, memory_bound), 4),

@@ -22,6 +22,7 @@ from bench.structured import answer_of
 ROUTE = "/v1/chat/completions"
 REQUEST_LIMIT_S = 240.0
 CLIENTS = 16
+COPYING = ("repeat", "rewrite", "form", "code")
 Work = Mapping[str, Sequence[dict[str, Any]]]  # kind of work -> request bodies
 
 # llama-server's own ways to draft without a second model: as they come, and with shorter keys and drafts, since
@@ -165,9 +166,6 @@ async def crowd(lichen: Peer, settings: Settings, work: Work, tokens: int, runs:
             found.append(entry)
             print(json.dumps(entry), file=sys.stderr, flush=True)
     return found
-
-
-COPYING = ("repeat", "rewrite", "form", "code")
 
 
 async def _together(

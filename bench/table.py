@@ -139,6 +139,53 @@ def speculation_rows(record: dict[str, Any]) -> Rows:
     return rows
 
 
+def crowd_rows(record: dict[str, Any]) -> Rows:
+    """Header and a row for each layout: many clients at once, lies, and what steps of more tokens cost."""
+    widths = ("2", "4", "8", "16")
+    rows: Rows = [
+        ["layout", "clients", "plain tokens/s", "drafted", "drafted ÷ plain", "range", "lies ÷ plain"]
+        + [f"{width} tokens, plain steps" for width in widths]
+    ]
+    for layout, found in record["layouts"].items():
+        many, steps = found["crowd"] or {}, found["step_s"]
+        rows.append(
+            [
+                layout,
+                str(many.get("clients", "–")),
+                number(many.get("plain_tokens_per_second")),
+                number(many.get("drafted_tokens_per_second")),
+                number(many.get("ratio"), 2),
+                f"{many['low']:.2f}..{many['high']:.2f}" if many else "–",
+                number(found["liar_ratio"], 3),
+                *(number(steps[width] / steps["1"], 2) for width in widths),
+            ]
+        )
+    return rows
+
+
+def distillation_rows(record: dict[str, Any]) -> Rows:
+    """Header and a row for each domain and moment: the first guesses that are right, and rates."""
+    rows: Rows = [
+        ["when", "questions of", "first guesses right", "plain tokens/s", "first head", "head of then",
+         "÷ plain", "÷ first head"]
+    ]  # fmt: skip
+    for one in record["speed"]:
+        right = record["summary"].get(one["when"], {}).get(one["domain"])
+        rows.append(
+            [
+                one["when"],
+                one["domain"],
+                number(None if right is None else 100 * right, 1, " %"),
+                number(one["plain"]),
+                number(one["fresh"]),
+                number(one["drafted"]),
+                number(one["drafted"] / one["plain"], 2),
+                number(one["drafted"] / one["fresh"], 2),
+            ]
+        )
+    return rows
+
+
 def quantize_rows(record: dict[str, Any]) -> Rows:
     """Header and three rows a budget: llama.cpp's file without and with importance, and lichen's."""
     rows: Rows = [

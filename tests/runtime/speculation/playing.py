@@ -90,19 +90,23 @@ def play(
     drafters: Items[Drafter],
     *,
     sequences: int = 1,
-    tokens: int = 1000,
+    tokens: int | Items[int] = 1000,
     noise: float = 0.05,
     seed: int = 1,
 ) -> tuple[float, Counters]:
-    """Time of plain decoding over time with these drafters (above 1 is faster), and what was counted."""
+    """Time of plain decoding over time with these drafters (above 1 is faster), and what was counted.
+
+    tokens: of each answer.
+    """
     chance = random.Random(seed)
+    ends = [tokens] * sequences if isinstance(tokens, int) else tokens
     room = sequences + 32
     speculation = Speculation(drafters, width=256, outputs=room, context=1 << 20)
     scheduler = Scheduler(Budget(step=256, prompts_step=64, share=64))
     counters = Counters()
     live = [
-        Sequence(prompt=[0], options=SamplingOptions(max_tokens=tokens), mailbox=Mock(spec=Mailbox))
-        for _ in range(sequences)
+        Sequence(prompt=[0], options=SamplingOptions(max_tokens=end), mailbox=Mock(spec=Mailbox))
+        for end in ends
     ]
     for slot, sequence in enumerate(live):
         sequence.slot = slot
@@ -119,14 +123,14 @@ def play(
         drawn = 0
         for chunk in chunks:
             sequence = chunk.sequence
-            base = len(sequence.tokens)
+            base, end = len(sequence.tokens), sequence.options.max_tokens or 0
 
-            def draw(_: int, sequence: Sequence = sequence) -> int | None:
+            def draw(_: int, sequence: Sequence = sequence, end: int = end) -> int | None:
                 sequence.tokens.append(len(sequence.tokens))  # the answer counts its own positions
-                return sequence.tokens[-1] if sequence.drawn < tokens else None
+                return sequence.tokens[-1] if sequence.drawn < end else None
 
             accepted = verify(chunk.draft, draw)
-            if sequence.drawn >= tokens:
+            if sequence.drawn >= end:
                 speculation.end(sequence)
                 live.remove(sequence)
             if chunk.draft:

@@ -10,12 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lichen.runtime.batch import micro_batches, runs_of
 from lichen.runtime.sequence import Sequence
 from lichen.runtime.speculation.control import INCOME, LOAN, Acceptance, Controller, Offer
 from lichen.runtime.speculation.costs import StepCosts
 from lichen.runtime.speculation.drafter import MAX_DRAFT
 from tests.runtime.speculation.playing import (
     CURVES,
+    Curve,
     Oracle,
     best_possible,
     copying,
@@ -66,6 +68,49 @@ def test_one_of_four_sequences_drafts_and_the_others_wait_no_longer_than_allowed
     # Its own micro-batch of eight tokens costs a plain step; one token more of all four costs nothing here.
     assert speed >= 1.1
     assert counters.draft_accepted > 400, "of the thousand tokens that could be known"
+
+
+F16 = through((1, 1.0), (4, 1.55), (8, 1.75), (16, 2.1), (32, 3.4), (64, 6.2))
+
+
+@pytest.mark.parametrize("curve", [F16, *CURVES.values()])
+@pytest.mark.parametrize("copies", [2, 16])
+def test_sixteen_answers_of_which_some_copy_are_never_slower(curve: Curve, copies: int) -> None:
+    """Drafts of some make micro-batches of their own, whose cost must not pass for that of plain steps."""
+
+    def some(sequence: Sequence) -> float:
+        return 0.9 if sequence.id % 16 < copies else 0.1
+
+    speed, _ = play(curve, [Oracle(some)], sequences=16, tokens=[100 + 37 * at % 300 for at in range(16)])
+    assert speed >= PROMISED
+
+
+def test_what_drafts_add_is_not_taken_for_the_cost_of_plain_steps() -> None:
+    costs = StepCosts()
+    for turn in range(400):
+        if turn % 4:
+            costs.observe([16, 1, 1, 1, 1], 0.021 + 4 * 0.01, plain=False)
+        else:
+            costs.observe([16], 0.021)
+    assert costs.seconds(16) == pytest.approx(0.021, rel=0.05)
+    assert costs.seconds(1) == pytest.approx(0.01, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("slots", "lengths", "widths"),
+    [
+        ([0], [5], [5]),
+        ([0, 1, 2, 3], [1, 1, 1, 1], [4]),
+        ([0, 1, 2, 3], [1, 5, 1, 3], [4, 4, 2]),
+        ([0, 1, 2, 3], [1, 5, 3, 1], [4, 4, 2]),
+        ([0, 1, 2, 3], [3, 3, 3, 3], [12]),
+        ([0, 2, 3], [1, 1, 1], [1, 2]),
+        ([0, 2, 3], [4, 1, 2], [4, 2, 1]),
+    ],
+)
+def test_a_step_falls_into_micro_batches(slots: list[int], lengths: list[int], widths: list[int]) -> None:
+    assert micro_batches(slots, lengths) == widths
+    assert runs_of(slots) == micro_batches(slots, [1] * len(slots))
 
 
 def test_speculation_fades_as_the_batch_fills() -> None:
