@@ -324,6 +324,8 @@ def _recovered(curve: list[dict[str, Any]], turn: list[dict[str, Any]]) -> float
         return None
     first, second = DOMAINS
     level = turn[-1]["acceptance"][first][0] - NEAR
+    if level <= 0:
+        return None  # nothing was learned that could be lost
     for point in curve[len(turn) :]:
         if point["acceptance"][second][0] >= level:
             return round(float(point["minutes"] - turn[-1]["minutes"]), 2)

@@ -149,7 +149,7 @@ async def test_a_hundred_greedy_answers_are_the_same_up_to_near_ties(
     if case == "adapter":
         served.release()
     print(f"{equal} of {compared} answers are equal, {accepted} of {drafted} drafted tokens were right")
-    assert compared >= 100 and drafted > 100
+    assert compared >= 100 and drafted > 50
     assert equal > compared / 2
     if served.info.name.startswith("lying"):
         assert accepted < drafted / 100
