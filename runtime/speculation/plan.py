@@ -13,6 +13,7 @@ from lichen.runtime.scheduler import Chunk
 from lichen.runtime.sequence import Sequence
 from lichen.runtime.speculation.control import Acceptance, Controller, Offer
 from lichen.runtime.speculation.drafter import MAX_DRAFT, NOTHING, Draft, Drafter, StateReader
+from lichen.runtime.speculation.history import DraftHistory
 
 if TYPE_CHECKING:
     from lichen.runtime.native import Context
@@ -57,6 +58,7 @@ class Speculation:
         self.readers = list(readers)
         self.learning: HeadLearning | None = None
         self.controller = Controller()
+        self.history = DraftHistory()
         self._width, self._outputs, self._context = width, outputs, context
         self._live: dict[Sequence, _Live] = {}
         self._step: _Step | None = None  # the one that is planned
@@ -141,6 +143,7 @@ class Speculation:
         counters.drafts += 1
         counters.draft_tokens += drafted
         counters.draft_accepted += accepted
+        self.history.count(drafted, accepted)
         live = self._live.get(sequence)
         if live is None or live.drafter is None:
             return  # the answer has ended, which says nothing about the rest of its draft
