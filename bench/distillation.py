@@ -4,7 +4,8 @@ One model in this process, with a head that learns. Requests of one domain come 
 of another. Meanwhile every version of the head is graded on answers that were computed before and are never
 learned from: acceptance by position, for both domains. Before and after, questions that were not part of
 the traffic are asked with drafts and without, one after the other, and the time between two tokens is
-taken from one stream that runs the whole time. Domains: gsm8k's school mathematics, banking77's customers.
+taken from the traffic itself. Rates are those of the head that there is then, of the one it began with, and of
+none, in turn. At the end the model is loaded again, and must serve the last head. Domains: gsm8k's school mathematics, banking77's customers.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import asyncio
 import csv
 import dataclasses
+import functools
 import itertools
 import json
 import statistics
@@ -22,6 +24,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from bench.certificate import certificate, close_certificate, model_file, save
 from bench.flags import model_flags
@@ -35,10 +39,13 @@ from lichen.runtime.generation import Generation
 from lichen.runtime.sequence import Piece, SamplingOptions
 from lichen.runtime.served_model import ModelOptions, ServedModel
 from lichen.runtime.speculation.build import SpeculationOptions
+from lichen.runtime.speculation.head import HeadDrafter
 from lichen.runtime.speculation.learning import HeadLearning
 
 DOMAINS = ("school mathematics", "bank customers")
 SAMPLE_S = 5.0
+NEAR = 0.05  # of first guesses right: so much below another level counts as that level
+SIDES = ["plain", "fresh", "drafted"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         draw_learning(record, options.picture)
     summary = record["summary"]
+    for line in record["verdicts"]:
+        print(("reached: " if line["reached"] else "MISSED: ") + line["aim"] + f" ({line['value']:.3f})")
     print(json.dumps({"bench": "distillation", "result": path.name, "summary": summary}))
     return 0 if record["status"] == "ok" else 1
 
@@ -105,6 +114,8 @@ async def _measure(options: argparse.Namespace, domains: list[Domain]) -> dict[s
             for name in ("threads", "minutes", "tokens", "questions", "clients", "fresh", "training")
         },
         "settings_head": None if options.head is None else options.head.name,
+        "servers": {},
+        "runs": [],
         "curve": [],
         "speed": [],
     }
@@ -120,14 +131,29 @@ async def _measure(options: argparse.Namespace, domains: list[Domain]) -> dict[s
             assert learning is not None, "it was asked to learn"
             learning.fresh, learning.minutes = options.fresh, options.training
             await _phases(served, learning, domains, held_out, options, record)
+            version = learning.store.version
             record["learning"] = {
                 name: getattr(learning, name) for name in ("trainings", "swaps", "rollbacks")
             }
         finally:
             await asyncio.to_thread(served.close)
+        again = await asyncio.to_thread(
+            _load, model, options, msgspec.structs.replace(speculation, draft_head=None)
+        )
+        record["restart"] = _restarted(again, held_out, version)
+        await asyncio.to_thread(again.close)
     close_certificate(record["birth"])
     conclude(record)
     return record
+
+
+def _restarted(again: ServedModel, held_out: list[list[Run]], version: int) -> dict[str, Any]:
+    """What a model that was loaded again serves. version: of the head before."""
+    assert again.learning is not None, "it was asked to learn"
+    grades = _grades(again.learning.store.current(), held_out)
+    found = {"version": again.learning.store.version, "version_before": version, "acceptance": grades}
+    print(json.dumps({"restart": found}), file=sys.stderr, flush=True)
+    return found
 
 
 def _load(model: Path, options: argparse.Namespace, speculation: SpeculationOptions) -> ServedModel:
@@ -171,7 +197,8 @@ async def _phases(
 ) -> None:
     """Speed of all domains; then for each domain its traffic, and the speed of all again."""
     began = time.monotonic()
-    await _speeds(served, domains, options, record, "fresh")
+    fresh = learning.store.current()
+    await _speeds(served, domains, options, record, "fresh", fresh)
     for domain in domains:
         stop = time.monotonic() + options.minutes * 60
         clients = [
@@ -192,7 +219,7 @@ async def _phases(
         grades = await asyncio.to_thread(_grades, learning.store.current(), held_out)
         point = {"minutes": round((time.monotonic() - began) / 60, 2), "traffic": domain.name}
         record["curve"].append({**point, "version": learning.store.version, "acceptance": grades})
-        await _speeds(served, domains, options, record, f"after {domain.name}")
+        await _speeds(served, domains, options, record, f"after {domain.name}", fresh)
 
 
 def _grades(head: DraftHead | None, held_out: list[list[Run]]) -> dict[str, list[float]]:
@@ -224,22 +251,38 @@ async def _client(
 
 
 async def _speeds(
-    served: ServedModel, domains: list[Domain], options: argparse.Namespace, record: dict[str, Any], when: str
+    served: ServedModel,
+    domains: list[Domain],
+    options: argparse.Namespace,
+    record: dict[str, Any],
+    when: str,
+    fresh: DraftHead | None,
 ) -> None:
-    """Tokens a second of each domain's own questions, with drafts and without, alternately, one client."""
+    """Tokens a second of each domain's own questions, one client: without drafts, with the head that it began
+    with, and with the one that there is, in turn."""
+    learning = served.learning
+    assert learning is not None, "it was asked to learn"
+    while learning.training:  # noqa: ASYNC110 - a thread's; its end would swap another head in
+        await asyncio.sleep(0.5)
+    drafter = next(one for one in served.engine.speculation.drafters if isinstance(one, HeadDrafter))
+    now = drafter.head
     for domain in domains:
-        seconds = {"plain": 0.0, "drafted": 0.0}
-        tokens = {"plain": 0, "drafted": 0}
+        seconds, tokens = dict.fromkeys(SIDES, 0.0), dict.fromkeys(SIDES, 0)
         guessed = right = 0
         for number, question in enumerate(domain.held_out):
-            for side in ("plain", "drafted") if number % 2 else ("drafted", "plain"):
-                generation = await _ask(served, question, options, drafts=side == "drafted")
+            turn = number % len(SIDES)
+            for side in SIDES[turn:] + SIDES[:turn]:
+                head = fresh if side == "fresh" else now
+                served.engine.call(functools.partial(drafter.swap, head))
+                generation = await _ask(served, question, options, drafts=side != "plain")
                 await generation.text()
                 assert generation.finished is not None, "the text is complete"
                 timings = generation.finished.timings
                 seconds[side] += timings.decode_s
                 tokens[side] += generation.finished.usage.completion_tokens - 1
-                guessed, right = guessed + timings.draft_n, right + timings.draft_n_accepted
+                if side == "drafted":
+                    guessed, right = guessed + timings.draft_n, right + timings.draft_n_accepted
+        served.engine.call(functools.partial(drafter.swap, now))
         rates = {side: round(tokens[side] / max(seconds[side], 1e-9), 2) for side in seconds}
         record["speed"].append(
             {"when": when, "domain": domain.name, **rates, "draft_n": guessed, "draft_n_accepted": right}
@@ -248,7 +291,7 @@ async def _speeds(
 
 
 def conclude(record: dict[str, Any]) -> None:
-    """First guesses right at the start, at the end of each domain's traffic; gaps; ratios of speed."""
+    """First guesses right at the start, at the end of each domain's traffic; gaps; ratios of speed; verdicts."""
     curve = record["curve"]
     first, second = DOMAINS
     turn = [point for point in curve if point["traffic"] == first]
@@ -269,7 +312,56 @@ def conclude(record: dict[str, Any]) -> None:
             for one in record["speed"]
         },
         "gap_p95_ms": p95,
+        "recovered_minutes": _recovered(curve, turn),
     }
+    record["verdicts"] = _verdicts(record) if record["status"] == "ok" else []
+
+
+def _recovered(curve: list[dict[str, Any]], turn: list[dict[str, Any]]) -> float | None:
+    """Minutes after the change until the new domain's first guesses are as often right as the old one's were,
+    but for NEAR; None where that did not come. turn: the points of the first domain's traffic."""
+    if not turn:
+        return None
+    first, second = DOMAINS
+    level = turn[-1]["acceptance"][first][0] - NEAR
+    if level <= 0:
+        return None  # nothing was learned that could be lost
+    for point in curve[len(turn) :]:
+        if point["acceptance"][second][0] >= level:
+            return round(float(point["minutes"] - turn[-1]["minutes"]), 2)
+    return None
+
+
+def _verdicts(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was aimed at, what was measured, and whether that is enough."""
+    first = DOMAINS[0]
+    summary, p95, restart = record["summary"], record["gap_p95_ms"], record["restart"]
+    after = f"after {first}"
+    speed = next(one for one in record["speed"] if (one["when"], one["domain"]) == (after, first))
+    learned = summary[after][first] - summary["fresh"][first]
+    recovered, minutes = summary["recovered_minutes"], record["settings"]["minutes"]
+    lines = [
+        ("first guesses right: at least 0.15 more", learned, learned >= 0.15),
+        (
+            "tokens/s beside the first head: more",
+            speed["drafted"] / speed["fresh"],
+            speed["drafted"] > speed["fresh"],
+        ),
+        (
+            f"minutes after a change of domain: at most {minutes:g}",
+            float("nan") if recovered is None else recovered,
+            recovered is not None and recovered <= minutes,
+        ),
+        (
+            "version after a restart: the one before",
+            float(restart["version"]),
+            restart["version"] == restart["version_before"],
+        ),
+    ]
+    if p95["learning"] and p95["quiet"]:
+        ratio = p95["learning"] / p95["quiet"]
+        lines.append(("p95 of gaps while it learns: at most 1.3 x", ratio, ratio <= 1.3))
+    return [{"aim": aim, "value": round(value, 4), "reached": reached} for aim, value, reached in lines]
 
 
 if __name__ == "__main__":

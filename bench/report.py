@@ -16,6 +16,8 @@ from typing import Any
 
 from bench.peer import ROOT, BenchError
 from bench.table import (
+    crowd_rows,
+    distillation_rows,
     import_rows,
     markdown,
     prefix_rows,
@@ -23,6 +25,7 @@ from bench.table import (
     raw_rows,
     serving_rows,
     soak_rows,
+    speculation_rows,
     startup_rows,
     structured_rows,
 )
@@ -57,10 +60,10 @@ def publish(results: Iterable[Path]) -> None:
     for path in results:
         record = load(path)
         text = replace_block(text, record["kind"], block(record, path.name))
-        if record["kind"] == "serving":
-            from bench.pictures import draw
+        if record["kind"] in ("serving", "distillation"):
+            from bench.pictures import draw, draw_learning
 
-            draw(record, ROOT / "docs" / "img")
+            (draw if record["kind"] == "serving" else draw_learning)(record, ROOT / "docs" / "img")
     PAGE.write_text(text, encoding="utf-8")
 
 
@@ -203,7 +206,57 @@ def _quantize_body(record: dict[str, Any]) -> list[str]:
     ]
 
 
+def _aims(record: dict[str, Any]) -> str:
+    """What was aimed at, and whether it was reached, as a list."""
+    return "\n".join(
+        f"- {line['aim']}: {line['value']:.3f}, {'reached' if line['reached'] else '**missed**'}"
+        for line in record["verdicts"]
+    )
+
+
+def _speculation_body(record: dict[str, Any]) -> list[str]:
+    settings = record["settings"]
+    trials = "; ".join(
+        f"{name}: "
+        + ", ".join(f"{setting} {rate:.0f}" for setting, rate in layout["trial"].items())
+        + f" tokens/s, so {layout['peer_setting']}"
+        for name, layout in record["layouts"].items()
+        if "trial" in layout
+    )
+    body = [
+        f"At most {settings['questions']} questions of each kind of work, answers of at most {settings['tokens']} tokens, "
+        f"greedy, drafts by {settings['drafters']}; every side answers each question in turn. Rates are of tokens 2..n over "
+        "all answers of a kind, ranges those of single answers. Attainable is what somebody would reach who knows "
+        "beforehand how reliable each kind of draft is, but not which one is right, at the measured cost of steps; the "
+        "last column is the same for **computed** costs of a device whose memory is the bottleneck, where eight tokens "
+        "cost what one costs.",
+        markdown(speculation_rows(record), left=2),
+        markdown(crowd_rows(record), left=1),
+    ]
+    if trials:
+        body.append(f"llama-server's settings in a trial on copying ({trials}).")
+    return [*body, "Aimed at:", _aims(record)]
+
+
+def _distillation_body(record: dict[str, Any]) -> list[str]:
+    settings, learning, gaps = record["settings"], record["learning"], record["gap_p95_ms"]
+    restart = record["restart"]
+    return [
+        f"{settings['minutes']:g} minutes of traffic from {settings['clients']} clients of each domain, one after the "
+        f"other; {learning['trainings']} trainings, {learning['swaps']} new heads, {learning['rollbacks']} taken back. "
+        "First guesses right, and rates, are of questions that are never learned from.",
+        markdown(distillation_rows(record), left=2),
+        "![First guesses right over time](img/distillation.svg)",
+        f"95 % of the gaps between two tokens were below {gaps['quiet']} ms while nothing was trained and below "
+        f"{gaps['learning']} ms during trainings. After a restart version {restart['version']} serves again.",
+        "Aimed at:",
+        _aims(record),
+    ]
+
+
 _BODIES = {
+    "speculation": _speculation_body,
+    "distillation": _distillation_body,
     "quantize": _quantize_body,
     "quantize_dithered": _quantize_body,
     "serving": _serving_body,

@@ -160,14 +160,14 @@ class MemoryWatch:
 
 
 class ProcessorWatch:
-    """Processor time between entering and leaving: the server's, the benchmark's, and everybody else's.
+    """Processor time between entering and leaving: the servers', the benchmark's, and everybody else's.
 
     Another busy process makes a server several times slower (its threads wait for each other at every
     step), so a number without the last of the three cannot be trusted.
     """
 
-    def __init__(self, pid: int) -> None:
-        self._process = psutil.Process(pid)
+    def __init__(self, *pids: int) -> None:
+        self._processes = [psutil.Process(pid) for pid in pids]
         self.server_cores = self.client_cores = self.foreign_cores = 0.0
 
     def __enter__(self) -> ProcessorWatch:
@@ -183,11 +183,12 @@ class ProcessorWatch:
         self.foreign_cores = max(0.0, (busy - server - client) / wall)
 
     def _look(self) -> tuple[float, float, float, float]:
-        """Seconds: of the clock, of all processors' work, of the server's, of this process's."""
+        """Seconds: of the clock, of all processors' work, of the servers', of this process's."""
         times = psutil.cpu_times()
         busy = sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0)
         server = 0.0
-        with suppress(psutil.NoSuchProcess):
-            own = self._process.cpu_times()
-            server = own.user + own.system
+        for process in self._processes:
+            with suppress(psutil.NoSuchProcess):
+                own = process.cpu_times()
+                server += own.user + own.system
         return time.monotonic(), busy, server, time.process_time()

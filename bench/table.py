@@ -107,25 +107,80 @@ def structured_rows(record: dict[str, Any]) -> Rows:
 
 
 def speculation_rows(record: dict[str, Any]) -> Rows:
-    """Header and a row for each kind of work: rates without and with drafted tokens."""
+    """Header and a row for each layout and kind of work: rates without and with drafted tokens, and bounds."""
     rows: Rows = [
-        ["work", "answers", "same", "plain tokens/s", "drafted tokens/s", "drafted ÷ plain", "median", "range",
-         "accepted", "tokens a step"]
+        ["layout", "work", "answers", "same", "plain tokens/s", "drafted", "drafted ÷ plain", "range",
+         "llama-server plain", "drafted", "drafted ÷ its best", "accepted", "tokens a step", "attainable",
+         "of it", "memory-bound (computed)"]
     ]  # fmt: skip
-    for kind, cell in record["summary"].items():
-        share = cell["accepted"]
+    for layout, found in record["layouts"].items():
+        for kind, cell in found["summary"].items():
+            share, rates, part = cell["accepted"], cell["rates"], cell["of_attainable"]
+            rows.append(
+                [
+                    layout,
+                    kind,
+                    str(cell["answers"]),
+                    str(cell["same"]),
+                    number(rates["plain"]),
+                    number(rates["drafted"]),
+                    number(cell["ratio"], 2),
+                    f"{cell['low']:.2f}..{cell['high']:.2f}",
+                    number(rates.get("peer_plain")),
+                    number(rates.get("peer_drafted")),
+                    number(cell["peer_ratio"], 2),
+                    number(None if share is None else share * 100, 0, " %"),
+                    number(cell["tokens_a_step"], 2),
+                    number(cell["attainable"], 2),
+                    number(None if part is None else part * 100, 0, " %"),
+                    number(cell["memory_bound_computed"], 2),
+                ]
+            )
+    return rows
+
+
+def crowd_rows(record: dict[str, Any]) -> Rows:
+    """Header and a row for each layout: many clients at once, lies, and what steps of more tokens cost."""
+    widths = ("2", "4", "8", "16")
+    rows: Rows = [
+        ["layout", "clients", "plain tokens/s", "drafted", "drafted ÷ plain", "range", "lies ÷ plain"]
+        + [f"{width} tokens, plain steps" for width in widths]
+    ]
+    for layout, found in record["layouts"].items():
+        many, steps = found["crowd"] or {}, found["step_s"]
         rows.append(
             [
-                kind,
-                str(cell["answers"]),
-                str(cell["same"]),
-                number(cell["plain_tokens_per_second"]),
-                number(cell["drafted_tokens_per_second"]),
-                number(cell["ratio"], 2),
-                number(cell["median_ratio"], 2),
-                f"{cell['low']:.2f}..{cell['high']:.2f}",
-                number(None if share is None else share * 100, 0, " %"),
-                number(cell["tokens_a_step"], 2),
+                layout,
+                str(many.get("clients", "–")),
+                number(many.get("plain_tokens_per_second")),
+                number(many.get("drafted_tokens_per_second")),
+                number(many.get("ratio"), 2),
+                f"{many['low']:.2f}..{many['high']:.2f}" if many else "–",
+                number(found["liar_ratio"], 3),
+                *(number(steps[width] / steps["1"], 2) for width in widths),
+            ]
+        )
+    return rows
+
+
+def distillation_rows(record: dict[str, Any]) -> Rows:
+    """Header and a row for each domain and moment: the first guesses that are right, and rates."""
+    rows: Rows = [
+        ["when", "questions of", "first guesses right", "plain tokens/s", "first head", "head of then",
+         "÷ plain", "÷ first head"]
+    ]  # fmt: skip
+    for one in record["speed"]:
+        right = record["summary"].get(one["when"], {}).get(one["domain"])
+        rows.append(
+            [
+                one["when"],
+                one["domain"],
+                number(None if right is None else 100 * right, 1, " %"),
+                number(one["plain"]),
+                number(one["fresh"]),
+                number(one["drafted"]),
+                number(one["drafted"] / one["plain"], 2),
+                number(one["drafted"] / one["fresh"], 2),
             ]
         )
     return rows

@@ -26,6 +26,13 @@ def main() -> None:
     flags.add_argument("--flash-attn", choices=["auto", "on", "off"], default="auto")
     flags.add_argument("--kv-unified", action=argparse.BooleanOptionalAction, default=False)
     flags.add_argument("--cache-ram", type=int, default=8192, help="MiB of idle prompts to keep")
+    flags.add_argument(
+        "--spec-type", default="", help="how to draft: ngram-simple, ngram-map-k, draft-simple ..."
+    )
+    flags.add_argument("--spec-size-n", type=int, help="tokens of the key that is looked up")
+    flags.add_argument("--spec-size-m", type=int, help="tokens of a draft, at most")
+    flags.add_argument("--spec-size-min", type=int, help="and at least")
+    flags.add_argument("--draft-model", default="", help="a GGUF file, for draft-simple")
     chosen = flags.parse_args()
 
     signals = {signal.SIGTERM, signal.SIGINT}
@@ -58,7 +65,26 @@ def _parameters(chosen: argparse.Namespace) -> xllamacpp.CommonParams:
     parameters.cont_batching = True
     parameters.warmup = True
     parameters.ui = False
+    if chosen.spec_type:
+        _draft(parameters.speculative, chosen)
     return parameters
+
+
+def _draft(speculative: xllamacpp.CommonParamsSpeculative, chosen: argparse.Namespace) -> None:
+    kind = chosen.spec_type.upper().replace("-", "_")
+    speculative.types = [getattr(xllamacpp.common_speculative_type, f"COMMON_SPECULATIVE_TYPE_{kind}")]
+    if chosen.draft_model:
+        speculative.draft.mparams.path = chosen.draft_model
+        names = {"spec_size_m": "n_max", "spec_size_min": "n_min"}
+        of = speculative.draft
+    else:
+        of = getattr(speculative, chosen.spec_type.replace("-", "_"))
+        names = {"spec_size_n": "size_n", "spec_size_m": "size_m"}
+        if chosen.spec_type == "ngram-mod":
+            names = {"spec_size_n": "n_match", "spec_size_m": "n_max", "spec_size_min": "n_min"}
+    for flag, name in names.items():
+        if (value := getattr(chosen, flag)) is not None:
+            setattr(of, name, value)
 
 
 if __name__ == "__main__":

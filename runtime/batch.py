@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from collections.abc import Sequence as Items
 
 from lichen.errors import EngineError
 from lichen.runtime.native import DECODE_NO_KV_SLOT
@@ -30,6 +31,37 @@ def pack(chunks: Iterable[Chunk]) -> Columns:
         outputs += [0] * (chunk.count - 1)
         outputs += [int(chunk.completes)] + [1] * drafted
     return tokens, positions, slots, outputs
+
+
+def runs_of(slots: Items[int]) -> list[int]:
+    """Sizes of the groups of slots that follow on each other; slots ascending."""
+    runs: list[int] = []
+    for at, slot in enumerate(slots):
+        if at and slot == slots[at - 1] + 1:
+            runs[-1] += 1
+        else:
+            runs.append(1)
+    return runs
+
+
+def micro_batches(slots: Items[int], lengths: Items[int]) -> list[int]:
+    """Tokens of the micro-batches in which llama.cpp computes a step of one KV stream a slot, in their order.
+
+    It takes sequences from the first that is left, as long as their slots follow on each other, and of each
+    as many tokens as the shortest has; then what is left. slots ascending, lengths: tokens of each.
+    """
+    left, widths, first = list(lengths), [], 0
+    while first < len(left):
+        if not left[first]:
+            first += 1
+            continue
+        last = first + 1
+        while last < len(left) and left[last] and slots[last] == slots[last - 1] + 1:
+            last += 1
+        shortest = min(left[first:last])
+        widths.append(shortest * (last - first))
+        left[first:last] = [count - shortest for count in left[first:last]]
+    return widths
 
 
 def slot_of(sequence: Sequence) -> int:

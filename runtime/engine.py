@@ -218,9 +218,10 @@ class Engine:
     def _step(self) -> None:
         """One turn: plan, draft, decode, draw, deliver."""
         began, drawn = time.perf_counter(), self._counters.completion_tokens
-        chunks = self.speculation.extend(self.scheduler.plan(self._running))
-        if len(chunks) > 1:  # llama.cpp computes streams together where their slots follow on each other
-            chunks.sort(key=lambda chunk: slot_of(chunk.sequence))
+        chunks = self.scheduler.plan(self._running)
+        # llama.cpp computes streams together where their slots follow on each other.
+        chunks.sort(key=lambda chunk: slot_of(chunk.sequence))
+        chunks = self.speculation.extend(chunks)
         switches = self.adapters.switches
         if not self._decode(chunks):
             return
@@ -239,7 +240,7 @@ class Engine:
         deliver(chunk.sequence for chunk in chunks)
         drawn = self._counters.completion_tokens - drawn
         if switches == self.adapters.switches:  # else its time says nothing about what tokens cost
-            self.speculation.stepped(chunks, drawn, time.perf_counter() - began)
+            self.speculation.stepped(drawn, time.perf_counter() - began)
 
     def _decode(self, chunks: list[Chunk]) -> bool:
         """Compute the chunks; on failure give the error to their sequences and try to recover."""

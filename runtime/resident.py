@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import msgspec
 
 from lichen.runtime.adapters import AdapterStatus
+from lichen.runtime.speculation.history import DraftMinute
 
 if TYPE_CHECKING:
     from lichen.runtime.memory import Fitted
@@ -147,6 +148,7 @@ class Resident:
             kv={"cells_used": counters.cells_used, "cells_total": info.context * info.slots},
             counters=msgspec.to_builtins(counters),
             adapters=model.adapters.status(),
+            drafts=model.engine.speculation.history.recent(),
         )
 
 
@@ -154,7 +156,8 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One model in the pool as people and clients see it.
 
     estimate and measured_bytes in bytes; idle_s None while it is used; expires_in_s None where it is never
-    unloaded by the clock; context, slots, queue, kv, counters and adapters only of a model that is ready.
+    unloaded by the clock; context, slots, queue, kv, counters, adapters and drafts (by minute, of the last
+    hour) only of a model that is ready.
     """
 
     name: str
@@ -178,6 +181,7 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     kv: dict[str, int] = {}
     counters: dict[str, Any] = {}
     adapters: list[AdapterStatus] = []
+    drafts: list[DraftMinute] = []
 
 
 def _estimate(fitted: Fitted | None) -> dict[str, int]:

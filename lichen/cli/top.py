@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 Status = dict[str, Any]
 COLUMNS = ("MODEL", "STATE", "SLOTS", "QUEUE", "TOK/S", "PROMPT/S", "DRAFTS", "TTFT", "KV", "MEMORY", "IDLE")
+LEVELS = "▁▂▃▄▅▆▇█"  # eighths of drafted tokens that were right
 
 
 def register(app: typer.Typer) -> None:
@@ -80,7 +81,21 @@ def frame(before: Sample, now: Sample) -> RenderableType:
     for name, model in now.models.items():
         table.add_row(*row(before.models.get(name), model, seconds))
     lines = [Text(line) for line in plan_lines(status.get("plan"))]
-    return Group(Text(head), *lines, Text(""), table)
+    drafts = [Text(line) for name, model in now.models.items() for line in draft_lines(name, model)]
+    return Group(Text(head), *lines, Text(""), table, *drafts)
+
+
+def draft_lines(name: str, model: Status) -> list[str]:
+    """A curve of how many drafted tokens were right, a sign a minute up to now; nothing without drafts."""
+    minutes = model.get("drafts") or []
+    if not minutes:
+        return []
+    signs = [" "] * (1 + max(one["minutes_ago"] for one in minutes))
+    for one in minutes:
+        share = one["accepted"] / one["drafted"]
+        signs[-1 - one["minutes_ago"]] = LEVELS[min(len(LEVELS) - 1, int(share * len(LEVELS)))]
+    drafted, accepted = (sum(one[part] for one in minutes) for part in ("drafted", "accepted"))
+    return [f"drafts of {name} by minute |{''.join(signs)}| {accepted / drafted:.0%} of {drafted:,} right"]
 
 
 def plan_lines(plan: Status | None) -> list[str]:

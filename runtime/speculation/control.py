@@ -1,9 +1,12 @@
 """How much to draft in a step: measured costs of wide steps, learned acceptance, and a purse.
 
-A step that computes w tokens takes c(w) seconds. Of n sequences without drafts it yields n tokens; with
-drafts of which the i-th is right with probability S_i, n + sum(S_i) tokens in c(n + drafted). The controller
-takes the lengths that yield most tokens a second, 0 among them. What it needs is learned as it goes: c from
-the engine's own steps (`StepCosts`), S by position for each kind of draft and each sequence (`Acceptance`).
+Without drafts, n sequences get n tokens. llama.cpp computes a step in micro-batches
+(`batch.micro_batches`): as many tokens of each sequence as all of a run of neighbouring slots have, then what
+some of them have more. So where all sequences of a run of m draft k tokens, that is one micro-batch of
+m(1 + k), and where only some do, each draft is a micro-batch of its own, which reads all weights again: with
+sixteen sequences hardly ever worth it. The controller knows what micro-batches cost (`costs.py`), learns how
+often the i-th token of a draft is right for each kind of draft and each sequence (`Acceptance`), and takes
+the lengths that yield most tokens a second, 0 among them.
 
 Estimates are optimistic, which is what makes it explore; the `Purse` bounds what that may cost. It earns a
 share of the time that plain steps take and whatever drafts gain, it pays for what they lose, and a bet that
@@ -16,99 +19,27 @@ Pure: no clock, no thread, no llama.cpp.
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
+from lichen.runtime.speculation.costs import StepCosts
 from lichen.runtime.speculation.drafter import MAX_DRAFT
 
-EXTRA_TOKEN = 0.3  # of a plain step: what a further token is taken to cost before any step says so
-GROWTH = 2  # no step is wider than so many times the widest that was measured, plus one
+GROWTH = 2  # no micro-batch is wider than so many times the widest that was measured, plus one
 MARGIN = 1.02  # a step with drafts must promise at least so much more than a plain one
 STRETCH = 2.0  # and take at most so many plain steps where a neighbour without a draft waits for it
-INCOME = 0.01  # of a plain step that the purse earns with each step
+INCOME = 0.008  # of a plain step that the purse earns with each step
 LOAN = 3.0  # plain steps that it begins with
 FULL = 12.0  # plain steps that it holds at most
 REFRESH = 256  # steps after which a plain one is due, so that there is something to compare with
-FRESH = 32.0  # steps for which a measured cost counts as recent
-BELIEVED = 1500.0  # steps after which it is mostly forgotten, if that makes wider steps look cheaper
-SMOOTHING = 0.2  # share of a new measurement
 KEEP = 0.96  # of what is known of a kind, at each new draft: about the last 25 count
 HALF_LIFE = 300.0  # steps after which half of it is forgotten without one
 BELIEF = 3.0  # drafts that a kind's record counts for in a sequence that has none
 SPREAD = 1.0  # standard deviations of optimism
+ROUNDS = 3  # in which the best rate of a step is found
 
-
-class StepCosts:
-    """Seconds of a step by the number of tokens that it computes, between and beyond what was measured.
-
-    A measured change is put down to the width of that step as far as the other widths were measured
-    recently, and to the whole machine (heat, other programs) as far as they were not.
-    """
-
-    def __init__(self) -> None:
-        self._logs: dict[int, float] = {}  # width -> log of seconds
-        self._seen: dict[int, int] = {}  # width -> step
-        self._widths: list[int] = []  # ascending
-        self._curve: list[float] = []  # seconds of those, never falling
-        self.step = 0
-
-    def observe(self, width: int, seconds: float) -> None:
-        """A step of so many tokens took so long."""
-        self.step += 1
-        known = self._logs.get(width)
-        taken = math.log(max(seconds, 1e-9))
-        if known is None:
-            self._logs[width] = taken
-            self._widths = sorted(self._logs)
-        else:
-            share = max(SMOOTHING, 1.0 - self._trust(width))
-            change = share * max(-0.7, min(0.7, taken - known))  # one hiccup is not a trend
-            for other, value in self._logs.items():
-                recent = 0.0
-                if other != width:
-                    recent = math.exp((self._seen[other] - self.step) / FRESH)
-                self._logs[other] = value + change * (1.0 - recent)
-        self._seen[width] = self.step
-        high = 0.0
-        self._curve = [high := max(high, self._believed(one, width)) for one in self._widths]
-
-    def _trust(self, width: int) -> float:
-        return math.exp((self._seen[width] - self.step) / BELIEVED)
-
-    def _believed(self, width: int, now: int) -> float:
-        """Seconds of a width; the longer ago it was measured, the more it is taken from the width `now`."""
-        trust, value = self._trust(width), self._logs[width]
-        guessed = self._logs[now] + math.log(_shape(width) / _shape(now))
-        return math.exp(trust * value + (1.0 - trust) * min(value, guessed))
-
-    def age(self, width: int) -> float:
-        """Steps since this width was measured; infinite if it never was."""
-        return self.step - self._seen[width] if width in self._seen else math.inf
-
-    @property
-    def widest(self) -> int:
-        """The widest step that was measured; 0 for none."""
-        return self._widths[-1] if self._widths else 0
-
-    def seconds(self, width: int) -> float:
-        """Expected seconds; 0 before anything was measured."""
-        widths, curve = self._widths, self._curve
-        if not widths:
-            return 0.0
-        at = bisect_left(widths, width)
-        if at < len(widths) and widths[at] == width:
-            return curve[at]
-        if at == 0:
-            return curve[0] * _shape(width) / _shape(widths[0])
-        if at == len(widths):
-            return curve[-1] * _shape(width) / _shape(widths[-1])
-        share = (width - widths[at - 1]) / (widths[at] - widths[at - 1])
-        return curve[at - 1] + share * (curve[at] - curve[at - 1])
-
-
-def _shape(width: int) -> float:
-    return 1.0 + EXTRA_TOKEN * (width - 1)
+Runs = Sequence[int]  # sizes of the groups of neighbouring slots of a step's sequences, in their order
 
 
 class Acceptance:
@@ -177,8 +108,21 @@ class Purse:
         self.balance = min(FULL, self.balance + INCOME - cost)
 
 
+@dataclass(slots=True, frozen=True)
+class _Pick:
+    """Drafts that may be added to a step together. lengths: sequence -> tokens."""
+
+    gain: float  # tokens to expect
+    seconds: float
+    lengths: dict[int, int]
+
+    @property
+    def drafted(self) -> int:
+        return sum(self.lengths.values())
+
+
 class Controller:
-    """See the module. n is always the number of sequences that get a token in the step anyway."""
+    """See the module. runs: of the sequences that get a token in the step anyway."""
 
     def __init__(self) -> None:
         self.costs = StepCosts()
@@ -189,85 +133,149 @@ class Controller:
         """The record of a kind of drafts, over all sequences."""
         return self._kinds.setdefault(kind, Acceptance())
 
-    def allowance(self, n: int, room: int) -> int:
-        """Tokens, at most `room`, beyond which drafts cannot pay although every one were right; 0: propose
-        nothing."""
-        costs = self.costs
-        if n <= 0 or costs.age(n) > REFRESH:
+    def allowance(self, runs: Runs, room: int) -> int:
+        """Tokens of one sequence, at most `room`, beyond which drafts cannot pay although every one were
+        right; 0: propose nothing."""
+        costs, n = self.costs, sum(runs)
+        if n <= 0 or any(costs.age(run) > REFRESH for run in set(runs)):
             return 0
-        plain, most = costs.seconds(n), 0
-        for extra in range(1, min(room, self._widest(n) - n) + 1):
-            seconds = costs.seconds(n + extra)
-            if seconds - plain > self.purse.balance * plain:
+        plain, most = costs.total(runs), 0
+        spare = self.purse.balance * plain
+        if spare <= 0:
+            return 0
+        for k in range(1, min(room, MAX_DRAFT) + 1):
+            options = [(k, self._added(run, k)) for run in set(runs) if run == 1]
+            if n > 1:
+                options.append((k, self._seconds(k)))  # one sequence of a run
+                if n * k <= room:
+                    options.append((n * k, sum(self._added(run, k) for run in runs)))
+            payable = [(tokens, seconds) for tokens, seconds in options if seconds <= spare]
+            if not payable:
                 break
-            if (n + extra) * plain >= MARGIN * n * seconds:
-                most = extra
+            if any((n + tokens) * plain >= MARGIN * n * (plain + seconds) for tokens, seconds in payable):
+                most = k
         return most
 
-    def lengths(self, n: int, offers: Sequence[Offer], room: int) -> list[int]:
+    def lengths(self, runs: Runs, offers: Sequence[Offer], room: int) -> list[int]:
         """How much of each offer to compute: what yields most tokens a second and can be paid."""
         taken = [0] * len(offers)
-        plain = self.costs.seconds(n)
+        plain, n = self.costs.total(runs), sum(runs)
         if not plain:
             return taken
-        order = sorted(
-            (
-                (chance, -place, which)
-                for which, offer in enumerate(offers)
-                for place, chance in enumerate(offer.chances)
-            ),
-            reverse=True,
-        )
-        best, chosen = MARGIN * n / plain, 0
-        tokens, drafting = float(n), [False] * len(offers)
-        for extra, (chance, _, which) in enumerate(order[: max(0, min(room, self._widest(n) - n))], 1):
-            tokens += chance
-            drafting[which] = True
-            seconds = self.costs.seconds(n + extra)
-            if seconds - plain > self.purse.balance * plain:
+        sums = [list(accumulate(offer.chances)) for offer in offers]  # tokens to expect by length
+        chosen: list[_Pick] = []
+        best = MARGIN * n / plain
+        rate = n / plain
+        for _ in range(ROUNDS):  # what is worth its time at this rate makes a better one
+            picks = self._affordable(self._worth(runs, sums, rate), plain, n, room)
+            new = (n + sum(p.gain for p in picks)) / (plain + sum(p.seconds for p in picks))
+            if new > best:
+                best, chosen = new, picks
+            if new <= rate * (1.0 + 1e-9):
                 break
-            if sum(drafting) < n and seconds > STRETCH * plain:
-                continue
-            if tokens / seconds > best:
-                best, chosen = tokens / seconds, extra
-        for _, _, which in order[:chosen]:
-            taken[which] += 1
+            rate = new
+        for pick in chosen:
+            for which, length in pick.lengths.items():
+                taken[which] = length
         return taken
 
+    def _worth(self, runs: Runs, sums: Sequence[Sequence[float]], rate: float) -> list[_Pick]:
+        """Of each run, all drafts in one micro-batch or some in micro-batches of their own: whichever yields
+        most tokens beyond `rate`."""
+        plain, found, at = self.costs.total(runs), [], 0
+        alone = sum(runs) == 1
+        spare = self.purse.balance * plain
+        strict = min(spare, (STRETCH - 1.0) * plain)
+        for run in runs:
+            members = range(at, at + run)
+            at += run
+            deepest = min(len(sums[which]) for which in members)
+            limit = spare if alone or run == sum(runs) else strict
+            options = [
+                _Pick(sum(sums[which][k - 1] for which in members), seconds, dict.fromkeys(members, k))
+                for k in range(1, deepest + 1)
+                if (seconds := self._added(run, k)) <= limit
+            ]
+            together = max(options, key=lambda pick: pick.gain - rate * pick.seconds, default=None)
+            some: list[_Pick] = []
+            for which in members if run > 1 else ():
+                options = [
+                    _Pick(gain, seconds, {which: k})
+                    for k, gain in enumerate(sums[which], 1)
+                    if (seconds := self._seconds(k)) <= strict and gain > rate * seconds
+                ]
+                if options:
+                    some.append(max(options, key=lambda pick: pick.gain - rate * pick.seconds))
+            value = sum(pick.gain - rate * pick.seconds for pick in some)
+            if together is not None and together.gain - rate * together.seconds > max(value, 0.0):
+                found.append(together)
+            else:
+                found += some
+        return found
+
+    def _affordable(self, picks: list[_Pick], plain: float, n: int, room: int) -> list[_Pick]:
+        """Those of them, the best ones first, that the purse can pay, that there is room for, and that
+        sequences without a draft can wait for."""
+        spare = self.purse.balance * plain
+        if sum(len(pick.lengths) for pick in picks) < n:
+            spare = min(spare, (STRETCH - 1.0) * plain)
+        chosen = []
+        for pick in sorted(picks, key=lambda pick: -pick.gain / max(pick.seconds, 1e-9)):
+            if pick.seconds <= spare and pick.drafted <= room:
+                chosen.append(pick)
+                spare -= pick.seconds
+                room -= pick.drafted
+        return chosen
+
     def length_at_cost(
-        self, n: int, chances: Sequence[float], token_s: float, room: int
+        self, runs: Runs, run: int, chances: Sequence[float], token_s: float, room: int
     ) -> tuple[int, float]:
-        """For a drafter that takes `token_s` for each token: the best length, and tokens a second with it,
-        drafting included."""
-        plain = self.costs.seconds(n)
+        """For a drafter that takes `token_s` for each token of a sequence in a run of `run`: the best length,
+        and tokens a second with it, drafting included."""
+        plain, n = self.costs.total(runs), sum(runs)
         if not plain:
             return 0, 0.0
         best, chosen, tokens = MARGIN * n / plain, 0, float(n)
-        for extra, chance in enumerate(chances[: max(0, min(room, self._widest(n) - n))], 1):
+        for k, chance in enumerate(chances[: max(0, room)], 1):
             tokens += chance
-            seconds = self.costs.seconds(n + extra) + extra * token_s
-            if seconds - plain > self.purse.balance * plain:
+            more = self._alone(run, k)
+            if more + k * token_s > self.purse.balance * plain:
                 break
-            if tokens / seconds > best:
-                best, chosen = tokens / seconds, extra
+            if tokens / (plain + more + k * token_s) > best:
+                best, chosen = tokens / (plain + more + k * token_s), k
         return chosen, best
 
-    def rate(self, n: int, chances: Sequence[float]) -> float:
-        """Most tokens a second that an offer promises alone."""
-        tokens, best = float(n), 0.0
-        for extra, chance in enumerate(chances, 1):
+    def rate(self, runs: Runs, run: int, chances: Sequence[float]) -> float:
+        """Most tokens a second that an offer of a sequence in a run of `run` promises alone."""
+        plain, tokens, best = self.costs.total(runs), float(sum(runs)), 0.0
+        for k, chance in enumerate(chances, 1):
             tokens += chance
-            best = max(best, tokens / max(self.costs.seconds(n + extra), 1e-9))
+            best = max(best, tokens / max(plain + self._alone(run, k), 1e-9))
         return best
 
-    def stepped(self, n: int, drafted: int, tokens: int, compute_s: float, whole_s: float) -> None:
-        """A step without prompts is over: n sequences, `tokens` new tokens; whole_s includes drafting."""
-        plain = self.costs.seconds(n)
-        self.costs.observe(n + drafted, compute_s)
+    def stepped(
+        self, runs: Runs, widths: Sequence[int], tokens: int, compute_s: float, whole_s: float
+    ) -> None:
+        """A step without prompts is over: micro-batches of `widths` tokens, `tokens` new ones; whole_s
+        includes drafting."""
+        plain, n = self.costs.total(runs), sum(runs)
+        drafted = sum(widths) > n
+        self.costs.observe(widths, compute_s, plain=not drafted)
         if drafted and plain:
             self.purse.settle(plain, tokens, n, whole_s)
         else:
             self.purse.earn((whole_s - compute_s) / plain if plain else 0.0)
 
-    def _widest(self, n: int) -> int:
-        return max(GROWTH * self.costs.widest + 1, n + 1)
+    def _seconds(self, width: int) -> float:
+        """Seconds of a micro-batch; infinite for one that is far wider than any that was measured."""
+        widest = self.costs.widest
+        return self.costs.seconds(width) if width <= GROWTH * widest + 1 else math.inf
+
+    def _added(self, run: int, k: int) -> float:
+        """Seconds that it takes longer if all sequences of a run draft k tokens."""
+        return self._seconds(run * (1 + k)) - self.costs.seconds(run)
+
+    def _alone(self, run: int, k: int) -> float:
+        """Seconds that one sequence's draft adds at best."""
+        together = self._added(run, k) / run
+        return together if run == 1 else min(together, self._seconds(k))

@@ -7,11 +7,13 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from lichen.runtime.batch import micro_batches, runs_of, slot_of
 from lichen.runtime.counters import Counters
 from lichen.runtime.scheduler import Chunk
 from lichen.runtime.sequence import Sequence
 from lichen.runtime.speculation.control import Acceptance, Controller, Offer
 from lichen.runtime.speculation.drafter import MAX_DRAFT, NOTHING, Draft, Drafter, StateReader
+from lichen.runtime.speculation.history import DraftHistory
 
 if TYPE_CHECKING:
     from lichen.runtime.native import Context
@@ -25,6 +27,15 @@ class _Live:
     records: dict[str, Acceptance] = field(default_factory=dict)
     drafter: Drafter | None = None
     draft: Draft = NOTHING
+
+
+@dataclass(slots=True, frozen=True)
+class _Step:
+    """A step that only continues answers, so that its time tells what tokens cost. runs: sizes of the groups
+    of neighbouring slots; widths: tokens of its micro-batches, which without drafts are the same."""
+
+    runs: Items[int]
+    widths: Items[int]
 
 
 class Speculation:
@@ -47,9 +58,11 @@ class Speculation:
         self.readers = list(readers)
         self.learning: HeadLearning | None = None
         self.controller = Controller()
+        self.history = DraftHistory()
         self._width, self._outputs, self._context = width, outputs, context
         self._live: dict[Sequence, _Live] = {}
-        self._drafting_s = 0.0  # of the step that is planned
+        self._step: _Step | None = None  # the one that is planned
+        self._drafting_s = 0.0  # of it
 
     @classmethod
     def off(cls) -> Speculation:
@@ -95,22 +108,29 @@ class Speculation:
                 reader.read(sequence, context, index)
 
     def extend(self, chunks: list[Chunk]) -> list[Chunk]:
-        """The chunks of a step, with drafts behind those that are worth one. Steps with prompts get none."""
-        self._drafting_s = 0.0
-        if not self._live or not _only_streams(chunks):
+        """The chunks of a step, in the order of their slots, with drafts behind those that are worth one.
+        Steps with prompts get none."""
+        self._step, self._drafting_s = None, 0.0
+        if not self.drafters or not _only_streams(chunks):
             return chunks
-        n = len(chunks)
-        room = self.controller.allowance(n, min(self._width, self._outputs) - n)
-        if room <= 0:
+        slots = [slot_of(chunk.sequence) for chunk in chunks]
+        runs = runs_of(slots)
+        self._step = _Step(runs, runs)
+        room = min(self._width, self._outputs) - len(chunks)
+        deepest = self.controller.allowance(runs, room) if self._live else 0
+        if deepest <= 0:
             return chunks
         started = time.perf_counter()
         lives = [self._live.get(chunk.sequence) for chunk in chunks]
         offers = []
-        for chunk, live in zip(chunks, lives, strict=True):
+        members = [run for run in runs for _ in range(run)]  # of each chunk, the size of its run
+        for chunk, live, run in zip(chunks, lives, members, strict=True):
             if live is not None:
-                self._choose(chunk.sequence, live, n, room)
+                self._choose(chunk.sequence, live, runs, run, deepest)
             offers.append(Offer(self._chances(live, live.draft) if live is not None else ()))
-        lengths = self.controller.lengths(n, offers, room)
+        lengths = self.controller.lengths(runs, offers, room)
+        if any(lengths):
+            self._step = _Step(runs, micro_batches(slots, [1 + length for length in lengths]))
         self._drafting_s = time.perf_counter() - started
         return [
             replace(chunk, draft=live.draft.tokens[:length]) if live is not None and length else chunk
@@ -123,6 +143,7 @@ class Speculation:
         counters.drafts += 1
         counters.draft_tokens += drafted
         counters.draft_accepted += accepted
+        self.history.count(drafted, accepted)
         live = self._live.get(sequence)
         if live is None or live.drafter is None:
             return  # the answer has ended, which says nothing about the rest of its draft
@@ -132,13 +153,14 @@ class Speculation:
         self._record(live, live.draft.kind).observe(tested, accepted, step)
         self.controller.acceptance(live.draft.kind).observe(tested, accepted, step)
 
-    def stepped(self, chunks: list[Chunk], tokens: int, seconds: float) -> None:
-        """A step is over: `tokens` were drawn in it, and it took so long, drafting included."""
-        if self.drafters and _only_streams(chunks):
-            drafted = sum(len(chunk.draft) for chunk in chunks)
-            self.controller.stepped(len(chunks), drafted, tokens, seconds - self._drafting_s, seconds)
+    def stepped(self, tokens: int, seconds: float) -> None:
+        """The step that was planned is over: `tokens` were drawn in it, and it took so long, drafting
+        included."""
+        if self._step is not None:
+            runs, widths = self._step.runs, self._step.widths
+            self.controller.stepped(runs, widths, tokens, seconds - self._drafting_s, seconds)
 
-    def _choose(self, sequence: Sequence, live: _Live, n: int, room: int) -> None:
+    def _choose(self, sequence: Sequence, live: _Live, runs: Items[int], run: int, room: int) -> None:
         """This sequence's draft for the step, from the drafter that promises most."""
         options = sequence.options
         left = self._context - len(sequence.tokens) - 1
@@ -150,11 +172,11 @@ class Speculation:
             length = most
             if drafter.token_s:
                 chances = self._record(live, drafter.name).chances(most, self.controller.costs.step)
-                length, rate = self.controller.length_at_cost(n, chances, drafter.token_s, most)
+                length, rate = self.controller.length_at_cost(runs, run, chances, drafter.token_s, most)
                 if not length or rate <= promised:
                     continue
             draft = drafter.propose(sequence, length)
-            rate = self.controller.rate(n, self._chances(live, draft))
+            rate = self.controller.rate(runs, run, self._chances(live, draft))
             if draft.tokens and rate > promised:
                 live.draft, live.drafter, promised = draft, drafter, rate
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lichen.cli.top import COLUMNS, Sample, frame, row
+from lichen.cli.top import COLUMNS, Sample, draft_lines, frame, row
 from tests.cli.test_commands import lichen
 from tests.conftest import RunningDaemon
 
@@ -51,6 +51,17 @@ LOADING = MODEL | {
     "counters": {},
     "measured_bytes": 0,
 }
+
+
+def test_drafts_are_drawn_by_minute() -> None:
+    minutes = [
+        {"minutes_ago": 4, "drafted": 10, "accepted": 1},
+        {"minutes_ago": 3, "drafted": 100, "accepted": 60},
+        {"minutes_ago": 0, "drafted": 8, "accepted": 8},
+    ]
+    (line,) = draft_lines("m", MODEL | {"drafts": minutes})
+    assert line == "drafts of m by minute |▁▅  █| 58% of 118 right"
+    assert draft_lines("m", MODEL) == []
 
 
 def test_rates_come_from_the_difference_of_counters() -> None:

@@ -77,7 +77,7 @@ AXES: dict[str, Axis] = {
     ),
     "logprobs": Axis({"none": {}, "0": {"logprobs": True}, "5": {"logprobs": True, "top_logprobs": 5}}),
     "deterministic": Axis({"no": {}, "yes": {"deterministic": True}}),
-    "speculation": Axis({"no": {"speculation": False}, "yes": {}}),
+    "speculation": Axis({"no": {"speculation": False}, "suffix": {}, "head": {}}),
     # What happens around the request; see test_crossing_matrix.py.
     "cancel": Axis({"no": {}, "early": {}, "late": {}}),
     "prefix": Axis({"cold": {}, "shared": {}}),

@@ -22,8 +22,10 @@ import httpx
 import jsonschema
 import pytest
 
+from lichen.adapters.draft_head import DraftHead, write_head
 from lichen.adapters.registry import Registry
 from lichen.runtime.tools.hermes import FORMAT
+from lichen.sync.download import hash_file
 from tests.adapters.made_adapters import add_made
 from tests.conformance.covering import Combination, covering
 from tests.conformance.crossing import (
@@ -39,12 +41,14 @@ from tests.conformance.crossing import (
 )
 from tests.conformance.outcome import NEAR_TIE, LogprobOf, Outcome, Row, lead_where_they_part, streamed, whole
 from tests.conftest import RunningDaemon, StartDaemon
+from tests.runtime.speculation.made_heads import following_head
 
 VALUES = {name: list(axis.values) for name, axis in AXES.items()}
 PAIRS = covering(VALUES)  # every pair of values: these run with the fast tests
 MATRIX = [*PAIRS, *covering(VALUES, strength=3)]
 SCHEMAS = {tool["function"]["name"]: tool["function"]["parameters"] for tool in TOOLS}
 COUNTING = {"prompt": "Count: 1, 2, 3, 4,", "temperature": 0, "max_tokens": 500, "stream": True}
+STORY = "An old ferry crossed the river. "
 LATE_EVENTS = 8  # a late cancellation comes after so many events of a stream
 LATE_S = 0.2  # or after so long
 AHEAD = 2  # combinations whose plain answers are begun
@@ -89,17 +93,29 @@ def home(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-@pytest.fixture(scope="module")
-def daemon(start_daemon: StartDaemon, home: Path) -> RunningDaemon:
-    """The daemon of the combinations: 8 slots; it drafts, so that a request can do without."""
-    drafts = ("--speculation", "suffix", "--answer-memory", "0")
-    return start_daemon("--slots", "8", "--threads", "1", "--queue", "256", *drafts, home=home)
+Side = tuple[RunningDaemon, httpx.Client]
 
 
 @pytest.fixture(scope="module")
-def client(daemon: RunningDaemon) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=daemon.base_url, timeout=120) as client:
-        yield client
+def sides(start_daemon: StartDaemon, home: Path, model_path: Path) -> Iterator[dict[str, Side]]:
+    """The daemons of the combinations, by drafter: 8 slots; they draft, so that a request can do without."""
+    given = ("--slots", "8", "--threads", "1", "--queue", "256", "--answer-memory", "0")
+    suffix = start_daemon(*given, "--speculation", "suffix", home=home)
+    with httpx.Client(base_url=suffix.base_url, timeout=120) as first:
+        head = home / "head.gguf"
+        write_head(head, head_of(first, model_path))
+        headed = start_daemon(*given, "--speculation", "head", "--draft-head", str(head), home=home)
+        with httpx.Client(base_url=headed.base_url, timeout=120) as second:
+            yield {"no": (suffix, first), "suffix": (suffix, first), "head": (headed, second)}
+
+
+def head_of(client: httpx.Client, model_path: Path) -> DraftHead:
+    """A head that knows what the model says in a few words of its own."""
+    asked = {"prompt": STORY, "temperature": 0, "max_tokens": 48, "deterministic": True}
+    said = STORY + client.post("/completions", json=asked).json()["choices"][0]["text"]
+    root = str(client.base_url).removesuffix("/v1/")
+    tokens = client.post(f"{root}/tokenize", json={"content": said}).json()["tokens"]
+    return following_head([tokens], base=hash_file(model_path), vocabulary=49_152, hidden=576)
 
 
 @pytest.fixture(scope="module")
@@ -115,10 +131,9 @@ def plain(start_daemon: StartDaemon, home: Path) -> Iterator[PlainPath]:
     "number",
     [pytest.param(at, marks=pytest.mark.slow if at >= len(PAIRS) else ()) for at in range(len(MATRIX))],
 )
-def test_a_combination_equals_the_plain_path(
-    daemon: RunningDaemon, client: httpx.Client, plain: PlainPath, number: int
-) -> None:
+def test_a_combination_equals_the_plain_path(sides: dict[str, Side], plain: PlainPath, number: int) -> None:
     combination = MATRIX[number]
+    daemon, client = sides[combination["speculation"]]
     print(combination)
     for ahead in range(number, min(number + AHEAD, len(MATRIX))):
         plain.begin(plain_body(ahead, MATRIX[ahead]))

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Items
 from unittest.mock import Mock
 
+from lichen.runtime.batch import micro_batches, runs_of
 from lichen.runtime.counters import Counters
 from lichen.runtime.generation import Mailbox
 from lichen.runtime.scheduler import Budget, Scheduler
@@ -89,49 +90,55 @@ def play(
     drafters: Items[Drafter],
     *,
     sequences: int = 1,
-    tokens: int = 1000,
+    tokens: int | Items[int] = 1000,
     noise: float = 0.05,
     seed: int = 1,
 ) -> tuple[float, Counters]:
-    """Time of plain decoding over time with these drafters (above 1 is faster), and what was counted."""
+    """Time of plain decoding over time with these drafters (above 1 is faster), and what was counted.
+
+    tokens: of each answer.
+    """
     chance = random.Random(seed)
+    ends = [tokens] * sequences if isinstance(tokens, int) else tokens
     room = sequences + 32
     speculation = Speculation(drafters, width=256, outputs=room, context=1 << 20)
     scheduler = Scheduler(Budget(step=256, prompts_step=64, share=64))
     counters = Counters()
     live = [
-        Sequence(prompt=[0], options=SamplingOptions(max_tokens=tokens), mailbox=Mock(spec=Mailbox))
-        for _ in range(sequences)
+        Sequence(prompt=[0], options=SamplingOptions(max_tokens=end), mailbox=Mock(spec=Mailbox))
+        for end in ends
     ]
-    for sequence in live:
+    for slot, sequence in enumerate(live):
+        sequence.slot = slot
         sequence.tokens.append(1)  # the prompt is over
         sequence.computed = 1
         speculation.begin(sequence)
     spent = plain = 0.0
     while live:
-        chunks = speculation.extend(scheduler.plan(live))
-        width = sum(chunk.count + len(chunk.draft) for chunk in chunks)
-        seconds = PLAIN_S * curve(width) * chance.uniform(1 - noise, 1 + noise)
+        chunks = speculation.extend(sorted(scheduler.plan(live), key=lambda chunk: chunk.sequence.slot or 0))
+        slots = [chunk.sequence.slot or 0 for chunk in chunks]
+        widths = micro_batches(slots, [chunk.count + len(chunk.draft) for chunk in chunks])
+        seconds = PLAIN_S * sum(map(curve, widths)) * chance.uniform(1 - noise, 1 + noise)
         spent += seconds + sum(drafter.token_s * len(chunk.draft) for drafter in drafters for chunk in chunks)
         drawn = 0
         for chunk in chunks:
             sequence = chunk.sequence
-            base = len(sequence.tokens)
+            base, end = len(sequence.tokens), sequence.options.max_tokens or 0
 
-            def draw(_: int, sequence: Sequence = sequence) -> int | None:
+            def draw(_: int, sequence: Sequence = sequence, end: int = end) -> int | None:
                 sequence.tokens.append(len(sequence.tokens))  # the answer counts its own positions
-                return sequence.tokens[-1] if sequence.drawn < tokens else None
+                return sequence.tokens[-1] if sequence.drawn < end else None
 
             accepted = verify(chunk.draft, draw)
-            if sequence.drawn >= tokens:
+            if sequence.drawn >= end:
                 speculation.end(sequence)
                 live.remove(sequence)
             if chunk.draft:
                 speculation.judge(chunk, accepted, counters)
             sequence.computed = len(sequence.tokens) - 1
             drawn += len(sequence.tokens) - base
-        plain += drawn * PLAIN_S * curve(len(chunks)) / len(chunks)
-        speculation.stepped(chunks, drawn, seconds)
+        plain += drawn * PLAIN_S * sum(map(curve, runs_of(slots))) / len(chunks)
+        speculation.stepped(drawn, seconds)
     return plain / spent, counters
 
 

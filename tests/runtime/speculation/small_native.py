@@ -126,17 +126,19 @@ class EvenOnly:
 class Eager(Controller):
     """Always drafts as much as is offered and there is room for."""
 
-    def allowance(self, n: int, room: int) -> int:
+    def allowance(self, runs: Items[int], room: int) -> int:
         return room
 
-    def lengths(self, n: int, offers: Items[Offer], room: int) -> list[int]:
+    def lengths(self, runs: Items[int], offers: Items[Offer], room: int) -> list[int]:
         taken = []
         for offer in offers:
             taken.append(min(len(offer.chances), room))
             room -= taken[-1]
         return taken
 
-    def length_at_cost(self, n: int, chances: Items[float], token_s: float, room: int) -> tuple[int, float]:
+    def length_at_cost(
+        self, runs: Items[int], run: int, chances: Items[float], token_s: float, room: int
+    ) -> tuple[int, float]:
         return min(len(chances), room), float("inf")
 
 
