@@ -7,7 +7,6 @@ seconds count.
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import json
 import time
@@ -28,7 +27,8 @@ from lichen.devices.telling import settings
 from lichen.planning import BUDGET_S, ROUNDS, Asked, process_bytes
 from lichen.quant.gguf_check import check_gguf
 from lichen.runtime.fingerprints import take_fingerprint
-from lichen.runtime.layouts import SOURCE, divergence, find, make, worth_measuring
+from lichen.runtime.layout_maker import make_layout as write_layout
+from lichen.runtime.layouts import SOURCE, divergence, find, worth_measuring
 from lichen.sync.download import hash_file
 
 HOME = ROOT / ".build" / "bench-home"
@@ -81,9 +81,9 @@ def prepare(model: Path, home: Path, layouts: Sequence[str] = (), *, again: bool
 
 
 def make_layout(asked: Asked, layout: str, home: Path) -> Path:
-    """The file of a layout, made where it is not here. Raises EngineError, StoreError."""
+    """The file of a layout, made where it is not here, at this process's own priority. Raises LichenError."""
     if find(home, asked.sha256, layout) is None:
-        asyncio.run(make(asked.path, asked.sha256, layout, home))
+        write_layout(asked.path, asked.sha256, layout, home, lambda now: None)
     present = find(home, asked.sha256, layout)
     if present is None:
         raise BenchError(f"The layout {layout} was made and is not in {home}.")
