@@ -121,7 +121,7 @@ def _measure_all(options: argparse.Namespace) -> dict[str, Any]:
         for case in cases(options.context, quick=options.quick)
         if not options.only or case.intent in options.only.split(",")
     ]
-    prepared = prepare(model, options.home)
+    prepared = prepare(model, options.home, again=not options.quick)
     record: dict[str, Any] = {
         "kind": "intents",
         "status": "ok",

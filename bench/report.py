@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import foretold, intent_tables, replanning_tables
 from bench.peer import ROOT, BenchError
 from bench.table import (
     import_rows,
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def publish(results: Iterable[Path]) -> None:
-    """Put results into the page, and draw pictures for those of serving. Raises BenchError."""
+    """Put results into the page, and draw pictures for those of serving and of predictions. Raises BenchError."""
     text = PAGE.read_text(encoding="utf-8")
     for path in results:
         record = load(path)
@@ -61,6 +62,10 @@ def publish(results: Iterable[Path]) -> None:
             from bench.pictures import draw
 
             draw(record, ROOT / "docs" / "img")
+        if record["kind"] == "predictions":
+            from bench.pictures import draw_predictions
+
+            draw_predictions(record, ROOT / "docs" / "img")
     PAGE.write_text(text, encoding="utf-8")
 
 
@@ -211,6 +216,9 @@ _BODIES = {
     "startup": _startup_body,
     "structured": _structured_body,
     "soak": _soak_body,
+    "predictions": foretold.body,
+    "intents": intent_tables.body,
+    "replanning": replanning_tables.body,
 }
 
 
