@@ -134,8 +134,9 @@ def _measure_all(options: argparse.Namespace) -> dict[str, Any]:
         "starts": [],
         "runs": [],
     }
+    measured: dict[str, dict[str, Any]] = {SOURCE: {"kl": 0.0, "kl_error": 0.0, "positions": 0}}
     for case in chosen:
-        record["cases"].append(_prepared_case(case, prepared.asked, options))
+        record["cases"].append(_prepared_case(case, prepared.asked, options, measured))
     for case in chosen:
         for peer in _servers(case, options):
             at = _settings(peer, model, case, options, 0)
@@ -146,8 +147,10 @@ def _measure_all(options: argparse.Namespace) -> dict[str, Any]:
     return record
 
 
-def _prepared_case(case: Case, asked: Asked, options: argparse.Namespace) -> dict[str, Any]:
-    """The plan that the daemon will make, and the layout for it, made and measured."""
+def _prepared_case(
+    case: Case, asked: Asked, options: argparse.Namespace, measured: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """The plan that the daemon will make, and the layout for it, made and measured once (kept in `measured`)."""
     config = configuration(options.home, options.context)
     wanted = wish(case.intent, parts_of(case.objectives))
     given = {"context": options.context}
@@ -159,9 +162,9 @@ def _prepared_case(case: Case, asked: Asked, options: argparse.Namespace) -> dic
     words = {
         name: getattr(planned.now.plan, name) for name in ("slots", "threads", "batch", "chunk", "kv_type")
     }
-    kl = {"kl": 0.0, "kl_error": 0.0, "positions": 0}
-    if layout != SOURCE:
-        kl = mean_kl(asked.path, planned.path, options.threads)
+    if layout not in measured:
+        measured[layout] = mean_kl(asked.path, planned.path, options.threads)
+    kl = measured[layout]
     found = planned.now.prediction
     predicted = {name: getattr(found, name) for name in ("ttft", "itl", "rate", "memory")}
     print(f"{case.intent}: {layout} {words}, KL {kl['kl']:.4f}", file=sys.stderr, flush=True)

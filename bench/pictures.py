@@ -150,7 +150,9 @@ def draw_predictions(record: dict[str, Any], folder: Path) -> list[Path]:
             ends = _ends([run[side][metric] * unit for run in good for side in ("measured", "predicted")])
             axis.plot(ends, ends, color=COLOURS[3], linewidth=0.8)
             for factor in (0.7, 1.3):
-                axis.plot(ends, [factor * end for end in ends], color=COLOURS[3], linewidth=0.5, linestyle=":")
+                axis.plot(
+                    ends, [factor * end for end in ends], color=COLOURS[3], linewidth=0.5, linestyle=":"
+                )
             axis.set(xscale="log", yscale="log", xlim=ends, ylim=ends, title=title, xlabel="measured")
             axis.grid(visible=True, alpha=0.3)
         panels[0].set_ylabel("predicted; dotted: ±30 %")
