@@ -78,9 +78,7 @@ async def play(
 ) -> list[Asked]:
     """Ask all that the phase asks, and wait for the answers."""
     began = time.monotonic()
-    texts = [
-        [book.long() if phase.prompt == "long" else book.short() for _ in own] for own in moments(phase, seed)
-    ]
+    texts = [[question(phase, book, began + moment) for moment in own] for own in moments(phase, seed)]
 
     async def user(own: Sequence[float], questions: Sequence[str]) -> list[Asked]:
         asked = []
@@ -98,6 +96,16 @@ async def play(
     everyone = await asyncio.gather(*map(user, moments(phase, seed), texts))
     await asyncio.sleep(max(0.0, began + phase.seconds - time.monotonic()))
     return [one for own in everyone for one in own]
+
+
+def question(phase: Phase, book: PromptBook, moment: float) -> str:
+    """One that was not asked before; of its moment where the book has no more."""
+    if phase.prompt == "long":
+        return book.long()
+    try:
+        return book.short()
+    except LookupError:
+        return f"Write a long text about everything that may happen in {moment:.6f} seconds."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
