@@ -1,4 +1,4 @@
-"""Small pictures for the docs: serving against the number of clients, and a draft head over time."""
+"""Small pictures for the docs: serving by clients, a draft head over time, a lesson, and predictions of plans."""
 
 from __future__ import annotations
 
@@ -14,6 +14,12 @@ from matplotlib import pyplot
 PANELS = (("short", 64, "short prompts, 64 tokens"), ("long", 64, "1,000-token prompts, 64 tokens"))
 COLOURS = ("#2f6f4f", "#b4581e", "#5b5f97", "#777777")
 MARKERS = ("o", "s", "^", "D")
+SCATTER = (
+    ("ttft", "first token, ms", 1e3),
+    ("itl", "between tokens, ms", 1e3),
+    ("rate", "tokens a second", 1.0),
+    ("memory", "peak memory, MB", 1e-6),
+)
 
 
 def draw(record: dict[str, Any], folder: Path) -> list[Path]:
@@ -127,3 +133,37 @@ def draw_lesson(record: dict[str, Any], folder: Path) -> list[Path]:
         figure.savefig(written[1], dpi=110, metadata={"Software": None})
         pyplot.close(figure)
     return written
+
+
+def draw_predictions(record: dict[str, Any], folder: Path) -> list[Path]:
+    """Write predictions.svg and .png: predicted beside measured, a panel for each metric, a colour for each layout."""
+    folder.mkdir(parents=True, exist_ok=True)
+    good = [run for run in record["runs"] if run["status"] == "ok"]
+    layouts = sorted({run["plan"]["layout"] for run in good}, reverse=True)
+    with pyplot.rc_context({"svg.hashsalt": "lichen", "svg.fonttype": "none", "font.size": 9}):
+        figure, panels = pyplot.subplots(1, len(SCATTER), figsize=(11, 3), layout="constrained")
+        for axis, (metric, title, unit) in zip(panels, SCATTER, strict=True):
+            for layout, colour, marker in zip(layouts, COLOURS, MARKERS, strict=False):
+                own = [run for run in good if run["plan"]["layout"] == layout]
+                points = [(run["measured"][metric] * unit, run["predicted"][metric] * unit) for run in own]
+                axis.scatter(*zip(*points, strict=True), s=14, color=colour, marker=marker, label=layout)
+            ends = _ends([run[side][metric] * unit for run in good for side in ("measured", "predicted")])
+            axis.plot(ends, ends, color=COLOURS[3], linewidth=0.8)
+            for factor in (0.7, 1.3):
+                axis.plot(
+                    ends, [factor * end for end in ends], color=COLOURS[3], linewidth=0.5, linestyle=":"
+                )
+            axis.set(xscale="log", yscale="log", xlim=ends, ylim=ends, title=title, xlabel="measured")
+            axis.grid(visible=True, alpha=0.3)
+        panels[0].set_ylabel("predicted; dotted: ±30 %")
+        panels[0].legend(frameon=False)
+        written = [folder / "predictions.svg", folder / "predictions.png"]
+        figure.savefig(written[0], metadata={"Date": None})
+        figure.savefig(written[1], dpi=110, metadata={"Software": None})
+        pyplot.close(figure)
+    return written
+
+
+def _ends(values: list[float]) -> tuple[float, float]:
+    """A little beyond the least and the greatest."""
+    return 0.8 * min(values, default=1.0), 1.25 * max(values, default=1.0)

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import foretold, intent_tables, replanning_tables
 from bench.peer import ROOT, BenchError
 from bench.table import (
     crowd_rows,
@@ -32,6 +33,7 @@ from bench.table import (
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 FOREIGN_CORES_LIMIT = 0.1  # more than that, and other processes disturbed a run
+_PICTURES = {"serving": "draw", "distillation": "draw_learning", "predictions": "draw_predictions"}
 _FLAG = re.compile(r"(\w+) = 1\b")
 _RESULT = re.compile(r"\(\.\./bench/results/([\w.-]+\.json)\)")
 
@@ -55,15 +57,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def publish(results: Iterable[Path]) -> None:
-    """Put results into the page, and draw pictures for those of serving. Raises BenchError."""
+    """Put results into the page, and draw pictures for those of serving and of predictions. Raises BenchError."""
     text = PAGE.read_text(encoding="utf-8")
     for path in results:
         record = load(path)
         text = replace_block(text, record["kind"], block(record, path.name))
-        if record["kind"] in ("serving", "distillation"):
-            from bench.pictures import draw, draw_learning
+        if (name := _PICTURES.get(record["kind"])) is not None:
+            from bench import pictures
 
-            (draw if record["kind"] == "serving" else draw_learning)(record, ROOT / "docs" / "img")
+            getattr(pictures, name)(record, ROOT / "docs" / "img")
     PAGE.write_text(text, encoding="utf-8")
 
 
@@ -264,6 +266,9 @@ _BODIES = {
     "startup": _startup_body,
     "structured": _structured_body,
     "soak": _soak_body,
+    "predictions": foretold.body,
+    "intents": intent_tables.body,
+    "replanning": replanning_tables.body,
 }
 
 

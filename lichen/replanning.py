@@ -19,6 +19,7 @@ import msgspec
 
 from lichen.devices.cost import predict
 from lichen.devices.drift import Hysteresis, Window, slowdown, stricter
+from lichen.devices.intent import Objectives
 from lichen.devices.load import Load
 from lichen.devices.pace import Plan
 from lichen.devices.plan import choose, cost
@@ -153,9 +154,7 @@ class Replanning:
         objectives = stricter(self.planned.wish.objectives, slow, limit)
         intents = self.planned.wish.intents
         try:
-            better = choose(
-                self.planned.here, load, intents=intents, objectives=objectives, space=self.planned.space
-            ).pick
+            better, objectives = self._better(load, objectives)
         except ConfigError as error:
             log.info("The plan stays: %s", error)
             return
@@ -165,6 +164,24 @@ class Replanning:
         if self._hysteresis.ready(better.plan, costs[0] if kept else math.inf, costs[1], now):
             why = _why(load, slow, limit if limit < held else None)
             await self._change(pool, better, why, now)
+
+    def _better(self, load: Load, objectives: Objectives) -> tuple[Candidate, Objectives]:
+        """The best plan within the objectives; where no plan keeps their times, the best within the others.
+
+        With the objectives that counted: a daemon that cannot keep its times under a load still does what it
+        can. Raises ConfigError.
+        """
+        planned = self.planned
+
+        def pick(limits: Objectives) -> Candidate:
+            intents, space = planned.wish.intents, planned.space
+            return choose(planned.here, load, intents=intents, objectives=limits, space=space).pick
+
+        try:
+            return pick(objectives), objectives
+        except ConfigError:
+            rest = msgspec.structs.replace(objectives, ttft=None, itl=None, rate=None)
+            return pick(rest), rest
 
     def _present(self, load: Load) -> Candidate:
         """The plan that is followed, under another load."""

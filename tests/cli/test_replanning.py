@@ -93,6 +93,23 @@ async def test_a_crowd_gets_more_slots_and_no_request_is_lost(measured: Path, mo
     await pool.close()
 
 
+async def test_a_crowd_that_no_plan_can_please_gets_the_best_there_is(
+    measured: Path, model_path: Path
+) -> None:
+    load = "users=1, prompt=20, answer=64"
+    alone = planned(measured, model_path, intent="latency", objectives=load).now.prediction
+    strict = f"{load}, ttft={1.02 * alone.ttft:.6f}s"
+    plan = planned(measured, model_path, intent="latency", objectives=strict)
+    pool, replanning, said = await begun(plan, hysteresis=Hysteresis(times=1, rest_s=0))
+    assert replanning.plan.slots == 1
+    await replanning.consider(pool, CROWD, 0.0)
+    assert replanning.plan.slots > 1, (
+        "eight users cannot have a first token as early as one, but earlier than so"
+    )
+    assert len(said) == 1
+    await pool.close()
+
+
 async def test_too_little_memory_gives_a_smaller_plan(measured: Path, model_path: Path) -> None:
     plan = planned(measured, model_path, intent="throughput", objectives="users=8, prompt=20, answer=64")
     left = [1 << 30]
