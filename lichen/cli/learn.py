@@ -34,7 +34,7 @@ def learn(
     file: Annotated[Path, typer.Argument(help="Lessons as JSON lines, in the form of OpenAI's files.")],
     name: Annotated[str, typer.Option(help="Name of the adapter.")],
     validation: Annotated[
-        Path | None, typer.Option(help="Lessons that only measure; without them, one in ten of FILE does.")
+        Path | None, typer.Option(help="Lessons that only measure; without them, a part of FILE does.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="Model to adapt.", autocompletion=complete_model)] = None,
     epochs: Annotated[int, typer.Option(min=1, max=1000, help="Passes over the lessons.")] = 3,
