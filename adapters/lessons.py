@@ -11,7 +11,9 @@ The forms are those of OpenAI's fine-tuning files:
 skipped without being held, and of each lesson only 8 bytes are remembered, to find duplicates.
 
 The held-out part is chosen by a hash of what comes before the answer, so that the same question with
-two answers never stands on both sides, and the choice is the same in every run and whatever the order.
+two answers never stands on both sides, and the choice is the same in every run and whatever the order. Of few
+lessons (16 to 80) a larger share is held out, so that a gate has enough to measure on; as such a file grows,
+held-out questions become taught ones, never the other way round.
 
 Not covered: images and audio, and whether a conversation fits a model's context.
 """
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -33,6 +36,7 @@ MAX_LINE = 1 << 20  # bytes
 MAX_LESSONS = 1_000_000  # in one file; 8 bytes of each are remembered in a set: at most 100 MB
 SHOWN = 20  # faults that a report holds; the rest are counted
 HELD_OUT = 0.1  # share of the lessons that measure instead of teach
+MEASURING = 8  # lessons that are to measure where a file has few, but twice as many at least
 _BOM = b"\xef\xbb\xbf"
 
 Part = Literal["train", "held_out"]
@@ -84,20 +88,34 @@ class Report(msgspec.Struct, kw_only=True):
             self.faults.append(Fault(line, fault.what, fault.advice))
 
 
-def survey(path: Path, *, share: float = HELD_OUT) -> Report:
-    """Read a whole file and say what is in it and what is wrong. share: of the held-out part.
+def survey(path: Path, *, share: float | None = None) -> Report:
+    """Read a whole file and say what is in it and what is wrong. share: of the held-out part; None: as many as
+    `share_of` says.
 
     Raises LessonError for a file that cannot be opened; what its lines hold is in the report.
     """
     report = Report()
+    share = share_of(path) if share is None else share
     with _opened(path) as stream:
         for _ in _lessons(stream, report, share):
             pass
     return report
 
 
-def read_lessons(path: Path, part: Part | None = None, *, share: float = HELD_OUT) -> Iterator[Lesson]:
+def share_of(path: Path) -> float:
+    """The share of a file's lessons that is held out: HELD_OUT, or as much as gives MEASURING of few.
+
+    Reads no further than it must. Raises LessonError as `survey`.
+    """
+    enough = round(MEASURING / HELD_OUT)
+    with _opened(path) as stream:
+        count = sum(1 for _ in islice(_lessons(stream, Report(), HELD_OUT), enough))
+    return MEASURING / count if count >= 2 * MEASURING else HELD_OUT
+
+
+def read_lessons(path: Path, part: Part | None = None, *, share: float | None = None) -> Iterator[Lesson]:
     """The good lines of a file, each once, of one part or (None) of both. Raises LessonError as `survey`."""
+    share = share_of(path) if share is None else share
     with _opened(path) as stream:
         for lesson, side in _lessons(stream, Report(), share):
             if part in (None, side):

@@ -2,8 +2,10 @@
 
 One daemon serves one stream of greedy answers, in phases of some seconds that take turns: with a real trainer
 beside it, which the daemon lets wait while requests run, and without one (its job is paused). Told are the 95th
-percentile of the gaps between two pieces of an answer in each kind of phase, and the trainer's steps.
+percentile of the gaps between two pieces of an answer in each kind of phase, and the trainer's steps in a minute of
+that mixed use, beside those of a phase in which nobody chats.
 A client thinks for `--think` seconds between two answers, as people do: that is when the trainer works.
+Exit code 1 when the 95th percentile beside a training is more than WORSE times that without.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,9 @@ import openai
 import lichen.config
 from bench.certificate import certificate, close_certificate, model_file, save
 from bench.flags import model_flags
+from bench.numbers import spread
+from bench.peer import BenchError
+from bench.table import aligned, learning_beside_rows
 from lichen.adapters.events import Stepped, told
 from lichen.adapters.launch import EVENTS
 from lichen.api import load_model
@@ -31,6 +37,7 @@ from lichen.runtime.http.daemon import Daemon, DaemonOptions
 from lichen.runtime.pool import ModelPool, PoolOptions
 from lichen.shelf import StoreShelf
 
+WORSE = 1.3  # the most that the 95th percentile of gaps may grow
 LESSON = {
     "messages": [
         {"role": "user", "content": "What is the secret word number {}?"},
@@ -46,20 +53,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags.add_argument("--seconds", type=float, default=20.0, help="of a phase")
     flags.add_argument("--think", type=float, default=2.0, help="seconds between two answers")
     flags.add_argument("--tokens", type=int, default=48, help="of an answer")
+    flags.add_argument("--no-save", action="store_true", help="write no result")
     options = flags.parse_args(arguments)
     try:
         record = asyncio.run(_measure(options))
     except LichenError as error:
         print(error, file=sys.stderr)
         return 1
-    path = save(record)
-    print(json.dumps({"bench": "learn_while_serving", "result": path.name, "summary": record["summary"]}))
-    return 0
+    name = None if options.no_save else save(record).name
+    print(aligned(learning_beside_rows(record), left=1))
+    print(json.dumps({"bench": "learn_while_serving", "result": name, "summary": record["summary"]}))
+    return 0 if record["summary"]["ratio"] <= WORSE else 1
 
 
 async def _measure(options: Namespace) -> dict[str, Any]:
     path = model_file(options.model)
-    record: dict[str, Any] = {"kind": "learn_while_serving", "status": "ok", "birth": certificate(path)}
+    names = ("threads", "phases", "seconds", "think", "tokens")
+    record: dict[str, Any] = {
+        "kind": "learn_while_serving",
+        "status": "ok",
+        "birth": certificate(path),
+        "settings": {name: getattr(options, name) for name in names},
+        "servers": {},
+        "runs": [],
+    }
     with tempfile.TemporaryDirectory() as folder:
         record["summary"] = await _phases(options, path, Path(folder))
     close_certificate(record["birth"])
@@ -77,31 +94,51 @@ async def _phases(options: Namespace, path: Path, home: Path) -> dict[str, Any]:
     )
     daemon.state = "ok"
     gaps: dict[bool, list[float]] = {True: [], False: []}
-    steps, trained_s = 0, 0.0
+    beside, alone = Progress(), Progress()
     try:
         async with daemon.listening(), openai.AsyncOpenAI(base_url=f"{daemon.url}/v1", api_key="x") as client:
             id = await _job(client)
             events = home / "l" / "jobs" / id / EVENTS
             await _until(lambda: _steps(events) > 0)
+            with alone.over(events):
+                await asyncio.sleep(options.seconds)
             for _ in range(options.phases):
                 for training in (True, False):
                     await _let(client, id, events, training=training)
-                    before, began = _steps(events), time.monotonic()
-                    gaps[training] += await _chat(client, options)
-                    if training:
-                        steps += _steps(events) - before
-                        trained_s += time.monotonic() - began
+                    with beside.over(events) if training else nullcontext():
+                        gaps[training] += await _chat(client, options)
             await client.fine_tuning.jobs.cancel(id)
     finally:
         await pool.close()
-    beside, alone = (_p95(gaps[kind]) for kind in (True, False))
+    idle, training = (spread([1000 * gap for gap in gaps[kind]]) for kind in (False, True))
+    if idle is None or training is None:
+        raise BenchError("No answer had two pieces.", hint="Give more --seconds or --tokens.")
     return {
-        "p95_gap_ms_idle": round(1000 * alone, 2),
-        "p95_gap_ms_training": round(1000 * beside, 2),
-        "ratio": round(beside / alone, 3),
-        "gaps": [len(gaps[False]), len(gaps[True])],
-        "trainer_steps_a_minute": round(60 * steps / trained_s, 1),
+        "idle": idle,
+        "training": training,
+        "ratio": round(training["p95"] / idle["p95"], 3),
+        "trainer_steps_a_minute": beside.a_minute(),
+        "trainer_steps_a_minute_alone": alone.a_minute(),
     }
+
+
+class Progress:
+    """How many steps a trainer took in some stretches of time."""
+
+    def __init__(self) -> None:
+        self._steps, self._seconds = 0, 0.0
+
+    @contextmanager
+    def over(self, events: Path) -> Iterator[None]:
+        """Count what is done within the block."""
+        before, began = _steps(events), time.monotonic()
+        yield
+        self._steps += _steps(events) - before
+        self._seconds += time.monotonic() - began
+
+    def a_minute(self) -> float:
+        """Steps in a minute."""
+        return round(60 * self._steps / self._seconds, 1)
 
 
 async def _job(client: openai.AsyncOpenAI) -> str:
@@ -156,10 +193,6 @@ async def _until(condition: Any) -> None:
 
 def _steps(events: Path) -> int:
     return max((one.event.step for one in told(events) if isinstance(one.event, Stepped)), default=0)
-
-
-def _p95(values: Sequence[float]) -> float:
-    return sorted(values)[int(0.95 * (len(values) - 1))] if values else float("nan")
 
 
 if __name__ == "__main__":

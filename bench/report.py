@@ -20,6 +20,8 @@ from bench.table import (
     crowd_rows,
     distillation_rows,
     import_rows,
+    learning_beside_rows,
+    learning_speed_rows,
     markdown,
     prefix_rows,
     quantize_rows,
@@ -35,6 +37,7 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 FOREIGN_CORES_LIMIT = 0.1  # more than that, and other processes disturbed a run
 _PICTURES = {"serving": "draw", "distillation": "draw_learning", "predictions": "draw_predictions"}
 _FLAG = re.compile(r"(\w+) = 1\b")
+_BLOCK = re.compile(r"<!-- bench:\w+:begin -->.*?<!-- bench:\w+:end -->", re.DOTALL)
 _RESULT = re.compile(r"\(\.\./bench/results/([\w.-]+\.json)\)")
 
 
@@ -72,7 +75,8 @@ def publish(results: Iterable[Path]) -> None:
 def _check() -> int:
     text = PAGE.read_text(encoding="utf-8")
     wanted = text
-    for name in dict.fromkeys(_RESULT.findall(text)):
+    made = "".join(_BLOCK.findall(text))  # what else names results was written by hand
+    for name in dict.fromkeys(_RESULT.findall(made)):
         record = load(ROOT / "bench" / "results" / name)
         wanted = replace_block(wanted, record["kind"], block(record, name))
     if wanted != text:
@@ -259,6 +263,47 @@ def _distillation_body(record: dict[str, Any]) -> list[str]:
 _BODIES = {
     "speculation": _speculation_body,
     "distillation": _distillation_body,
+def _learning_speed_body(record: dict[str, Any]) -> list[str]:
+    settings, first = record["settings"], record["first"]
+    lesson = "banking77's questions" if settings["lesson"] == "banking" else "GSM8K's problems"
+    differences = "; ".join(
+        f"from {side} the first loss differs by {found['loss']:.1e} of it, the logits by {found['largest_logit']:.1e} "
+        f"at most (their spread is {found['spread_of_logits']:.1f})"
+        for side, found in first["differences"].items()
+    )
+    return [
+        f"{settings['steps']} steps of {settings['batch']} of {settings['lessons']} lessons ({lesson}), rank "
+        f"{settings['rank']}, {record['tokens']:,} tokens without padding; {settings['rounds']} rounds, in which the sides "
+        "take turns. Medians; ratios are taken within each round. `peft` adapts the layers that lichen adapts, `peft-all` "
+        f"those of all blocks. Held-out scores are of {settings['measured']} other questions, after the last step.",
+        markdown(learning_speed_rows(record), left=1),
+        f"Before the first step: {differences}.",
+        _met(record["aims"]),
+    ]
+
+
+def _learning_beside_body(record: dict[str, Any]) -> list[str]:
+    settings, summary = record["settings"], record["summary"]
+    return [
+        f"One client that thinks for {settings['think']:g} s between answers of {settings['tokens']} tokens; "
+        f"{settings['phases']} phases of {settings['seconds']:g} s of each kind, in turns.",
+        markdown(learning_beside_rows(record), left=1),
+        f"The trainer took {summary['trainer_steps_a_minute']:g} steps a minute beside the chat, and "
+        f"{summary['trainer_steps_a_minute_alone']:g} while nobody chatted.",
+    ]
+
+
+def _met(aims: dict[str, bool]) -> str:
+    return (
+        "Aims: "
+        + "; ".join(f"{aim}: {'reached' if met else '**missed**'}" for aim, met in aims.items())
+        + "."
+    )
+
+
+_BODIES = {
+    "learning_speed": _learning_speed_body,
+    "learn_while_serving": _learning_beside_body,
     "quantize": _quantize_body,
     "quantize_dithered": _quantize_body,
     "serving": _serving_body,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from bench.numbers import dig
+
 Rows = list[list[str]]
 
 
@@ -226,6 +228,44 @@ def soak_rows(record: dict[str, Any]) -> Rows:
                 number(None if change is None else change * 100, 1, " %"),
             ]
         )
+    return rows
+
+
+def learning_speed_rows(record: dict[str, Any]) -> Rows:
+    """Header and a row for each side: its speed, memory and score, and lichen's ratios to it."""
+    rows: Rows = [
+        [
+            "trainer", "tokens/s", "peak MB of the steps", "of the process", "held-out loss", "exact",
+            "lichen ÷ it, tokens/s", "range", "memory", "of the process",
+        ]
+    ]  # fmt: skip
+    for side, cell in record["summary"].items():
+        ratio = record["ratios"].get(side, {})
+        speed = ratio.get("speed")
+        rows.append(
+            [
+                side,
+                number(cell["tokens_per_second"]),
+                number(cell["peak_training_mb"], 0),
+                number(cell["peak_mb"], 0),
+                number(cell["held_out_loss"], 3),
+                f"{cell['exact']:.1%}",
+                number(speed and speed["median"], 2),
+                f"{speed['low']:.2f}..{speed['high']:.2f}" if speed else "–",
+                *(number(dig(ratio, name, "median"), 2) for name in ("peak_training_mb", "peak_mb")),
+            ]
+        )
+    return rows
+
+
+def learning_beside_rows(record: dict[str, Any]) -> Rows:
+    """Header and a row for each kind of phase: gaps between the pieces of answers, with and without a trainer."""
+    rows: Rows = [["phase", "gaps", "p50 ms", "p95 ms", "÷ idle"]]
+    summary = record["summary"]
+    for kind in ("idle", "training"):
+        cell = summary[kind]
+        ratio = summary["ratio"] if kind == "training" else None
+        rows.append([kind, str(cell["n"]), number(cell["p50"]), number(cell["p95"]), number(ratio, 2)])
     return rows
 
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from lichen.runtime.served_model import ServedModel
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+ADAPTERS = 64  # names of adapters that have a series of their own, for each model
+OTHERS = "*"  # no adapter can be called so
 
 _FIRST_TOKEN = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
@@ -96,6 +98,12 @@ METRICS = (
     _gauge("llamacpp:kv_cache_tokens", "Tokens in the KV cache."),
     _counter("llamacpp:n_decode_total", "Steps of the engine, each one call of llama_decode."),
     _counter("lichen_requests_total", "Requests that the engine took."),
+    _counter(
+        "lichen_adapter_requests_total",
+        f"Answers that were asked for, by adapter: its name, empty for the model alone, * past {ADAPTERS} names.",
+        "model_name",
+        "adapter",
+    ),
     _counter("lichen_requests_rejected_total", "Requests refused because the queue was full."),
     _gauge("lichen_slots", "Answers that can be computed at the same time."),
     _gauge("lichen_queue_limit", "Requests that may wait."),
@@ -162,8 +170,14 @@ class EngineMetrics:
         self.whole_answer = Histogram(_BUCKETS["vllm:e2e_request_latency_seconds"])
         self.reasons = {"stop": 0, "length": 0}
         self.accepted_at = [0] * MAX_DRAFT  # drafts whose token at each position was right
+        self.by_adapter: Tally[str] = Tally({"": 0})  # answers that were asked for, on the event loop
         self.first_token = self.to_first_token.observe
         self.token_gap = self.between_tokens.observe
+
+    def asked(self, adapter: str, answers: int) -> None:
+        """The engine took a request; adapter: its name, empty for none."""
+        known = adapter in self.by_adapter or len(self.by_adapter) <= ADAPTERS
+        self.by_adapter[adapter if known else OTHERS] += answers
 
     def checked(self, accepted: int) -> None:
         """Count a draft by the positions that were right."""
@@ -268,6 +282,8 @@ def _of_model(model: ServedModel) -> Series:
     yield from ((metric, name, value) for metric, value in values.items())
     for reason, count in {**seen.reasons, "abort": now.cancelled, "error": now.failed}.items():
         yield "vllm:request_success_total", (*name, reason), count
+    for adapter, count in seen.by_adapter.copy().items():
+        yield "lichen_adapter_requests_total", (*name, adapter), count
     for position, count in enumerate(seen.accepted_at):
         yield "vllm:spec_decode_num_accepted_tokens_per_pos_total", (*name, str(position)), count
 

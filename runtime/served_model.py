@@ -37,7 +37,7 @@ from lichen.runtime.scheduler import PREFILL_SHARE
 from lichen.runtime.sequence import LOCAL, SamplingOptions
 from lichen.runtime.sequence import Sequence as LiveSequence
 from lichen.runtime.speculation.build import SpeculationOptions, build
-from lichen.runtime.spill import CacheKey, SpillStores
+from lichen.runtime.spill import CacheKey, SpillStores, file_identity
 
 if TYPE_CHECKING:
     from lichen.runtime.memory import Fitted
@@ -97,6 +97,7 @@ class ServedModel:
         self.path = path
         self.adapters = Adapters(engine, path, options.adapters)
         self.adaptation = PLAIN
+        self._adapter = ""  # its name, without a version
         self._lease: Lease | None = None
         self.engine = engine
         self.options = options
@@ -138,7 +139,7 @@ class ServedModel:
 
         Raises ModelFileError, EngineError, or TemplateError for a template that does not compile.
         """
-        identity = sha256 or _file_identity(path)
+        identity = sha256 or file_identity(path)
         with contextlib.ExitStack() as undo:
             model = Model(path, progress=progress)
             undo.callback(model.close)
@@ -158,6 +159,7 @@ class ServedModel:
         """
         view = copy.copy(self)
         view.info = msgspec.structs.replace(self.info, name=f"{self.info.name}:{adapter}")
+        view._adapter = adapter.partition("@")[0]
         if digest is not None:
             view._lease = await self.adapters.lease(digest, file)
             view.adaptation = Adaptation(digest, 1.0)
@@ -321,6 +323,7 @@ class ServedModel:
                 )
             )
         self.engine.submit(*sequences)
+        self.metrics.asked(self._adapter, len(sequences))
         return [
             Generation(
                 sequence, sequence.mailbox, self.engine.cancel, reader() if reader else None, keep=self._lease
@@ -392,9 +395,3 @@ def _spill_stores(model: Model, context: Context, identity: str, options: ModelO
         context_layout=context.layout,
     )
     return SpillStores(options.spill_folder, options.spill_limit, key)
-
-
-def _file_identity(path: Path) -> str:
-    """Stands for the hash of a file that nobody has hashed, which would take longer than to load it."""
-    status = path.stat()
-    return f"{path.resolve()} {status.st_ino} {status.st_size} {status.st_mtime_ns}"

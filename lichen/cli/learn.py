@@ -33,6 +33,9 @@ def learn(
     context: typer.Context,
     file: Annotated[Path, typer.Argument(help="Lessons as JSON lines, in the form of OpenAI's files.")],
     name: Annotated[str, typer.Option(help="Name of the adapter.")],
+    validation: Annotated[
+        Path | None, typer.Option(help="Lessons that only measure; without them, a part of FILE does.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Model to adapt.", autocompletion=complete_model)] = None,
     epochs: Annotated[int, typer.Option(min=1, max=1000, help="Passes over the lessons.")] = 3,
     minutes: Annotated[
@@ -52,7 +55,6 @@ def learn(
 ) -> None:
     """Train an adapter. Ctrl-C keeps what is done; the same command then goes on."""
     from lichen.adapters.launch import Training, prepare
-    from lichen.adapters.lessons import survey
     from lichen.adapters.task import LoRAOptions, Task
     from lichen.api import model_options
     from lichen.runtime.learning import require_torch
@@ -62,8 +64,7 @@ def learn(
         raise RequestError(f"{name!r} cannot be a name: use lower-case letters, digits, '.', '_' and '-'.")
     require_torch()
     config = config_of(context, model=model)
-    report = survey(file)
-    _say(report)
+    report = _surveyed(file, validation)
     path = model_file(config)
     folder = config.home / "learning" / "jobs" / name
     task = Task(
@@ -79,7 +80,7 @@ def learn(
         threads=model_options(config).threads,
         memory=_memory(),
     )
-    examples = _examples(file, path, length)
+    examples = _examples(file, path, length, validation)
     prepare(folder, task, examples)
     events = _follow(Training(folder))
     if events is None:
@@ -89,8 +90,29 @@ def learn(
     _settle(config, _registered(config, name, path, Path(events[1].folder)), path, examples, promote=promote)
 
 
-def _say(report: Report) -> None:
-    """What is in the file; raises LessonError after all that is wrong was listed."""
+def _surveyed(file: Path, validation: Path | None) -> Report:
+    """Say what is in the files; what is in the first. Raises LessonError after all that is wrong was listed."""
+    from lichen.adapters.lessons import survey
+
+    report = survey(file)
+    _require_sound(report)
+    learned, measures = report.train, report.held_out
+    if validation is not None:
+        other = survey(validation)
+        _require_sound(other)
+        if (report.kind == "preference") != (other.kind == "preference"):
+            raise LessonError(
+                f"{file.name} holds lessons of the kind {report.kind} and {validation.name} of {other.kind}.",
+                hint="Measure preference pairs with preference pairs.",
+                param="validation",
+            )
+        learned, measures = report.lessons, other.lessons
+    more = f", {report.duplicates:,} duplicates left out" if report.duplicates else ""
+    typer.echo(f"{learned:,} lessons to learn, {measures:,} to measure with{more}.", err=True)
+    return report
+
+
+def _require_sound(report: Report) -> None:
     for fault in report.faults:
         typer.echo(str(fault), err=True)
     if report.fault_count:
@@ -99,8 +121,6 @@ def _say(report: Report) -> None:
             hint="Mend or delete them.",
             param="file",
         )
-    more = f", {report.duplicates:,} duplicates left out" if report.duplicates else ""
-    typer.echo(f"{report.train:,} lessons to learn, {report.held_out:,} to measure with{more}.", err=True)
 
 
 def model_file(config: Config) -> Path:
@@ -117,10 +137,10 @@ def model_file(config: Config) -> Path:
     return store.blob_path(manifest)
 
 
-def _examples(file: Path, model: Path, length: int) -> Examples:
+def _examples(file: Path, model: Path, length: int, validation: Path | None) -> Examples:
     from lichen.runtime.teaching import examples_of
 
-    examples, left_out = examples_of(file, model, length)
+    examples, left_out = examples_of(file, model, length, validation=validation)
     for sentence in left_out:
         typer.echo(sentence, err=True)
     return examples

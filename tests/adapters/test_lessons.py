@@ -171,6 +171,27 @@ def test_the_split_is_the_same_in_any_order_and_keeps_a_question_on_one_side(tmp
     assert survey(file, share=1.0).train == 0
 
 
+def test_of_few_lessons_more_measure_and_none_that_was_taught_is_held_out_later(tmp_path: Path) -> None:
+    lessons = [{**COMPLETION, "prompt": f"Question {number}"} for number in range(400)]
+
+    def held_out(count: int) -> set[str]:
+        file = write(tmp_path / f"{count}.jsonl", *lessons[:count])
+        held = {lesson.prompt for lesson in read_lessons(file, "held_out")}
+        report = survey(file)
+        assert (report.held_out, report.lessons) == (len(held), count)
+        assert not held & {lesson.prompt for lesson in read_lessons(file, "train")}
+        return held
+
+    found = {count: held_out(count) for count in (3, 20, 40, 80, 400)}
+    assert all(4 <= len(found[count]) <= 14 for count in (20, 40, 80)), (
+        "8 are meant, with a deviation below 3"
+    )
+    assert len(found[3]) <= 1 and 24 < len(found[400]) < 60
+    for few, more in ((20, 40), (40, 80), (80, 400)):
+        old = {lesson["prompt"] for lesson in lessons[:few]}
+        assert found[more] & old <= found[few]
+
+
 def test_a_gigantic_line_takes_no_memory(tmp_path: Path) -> None:
     file = tmp_path / "huge.jsonl"
     with file.open("wb") as stream:

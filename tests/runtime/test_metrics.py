@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from lichen.runtime.counters import Counters
-from lichen.runtime.metrics import METRICS, EngineMetrics, Histogram, ProcessFacts, ProcessMetrics, render
+from lichen.runtime.metrics import (
+    ADAPTERS,
+    METRICS,
+    EngineMetrics,
+    Histogram,
+    ProcessFacts,
+    ProcessMetrics,
+    render,
+)
 from lichen.runtime.sequence import SamplingOptions
 from lichen.runtime.served_model import ServedModel
 from tests.conftest import RunningDaemon
@@ -101,6 +109,23 @@ def test_counters_are_told_under_the_names_of_each_dashboard() -> None:
     assert value(samples, "vllm:generation_tokens_total", model_name="fern") == 0
     assert value(samples, "lichen_resident_bytes") == 1 << 20
     assert value(samples, "lichen_build_info", version="1.0", llama_cpp="2.0") == 1
+
+
+def test_requests_are_told_by_adapter_and_any_number_of_names_stays_bounded() -> None:
+    model = stand_in()
+    for adapter, answers in (("", 3), ("intents", 2), ("intents", 1)):
+        model.metrics.asked(adapter, answers)
+    for number in range(2 * ADAPTERS):
+        model.metrics.asked(f"a{number}", 1)
+    model.metrics.asked("intents", 1)
+    told = {
+        dict(labels)["adapter"]: count
+        for (name, labels), count in read(render([model], ProcessMetrics(), FACTS)).items()
+        if name == "lichen_adapter_requests_total"
+    }
+    assert (told[""], told["intents"], told["a0"]) == (3, 4, 1)
+    assert len(told) == ADAPTERS + 2 and told["*"] == ADAPTERS + 1
+    assert sum(told.values()) == 7 + 2 * ADAPTERS
 
 
 @given(st.text(max_size=30).filter(lambda text: "\r" not in text))

@@ -48,6 +48,7 @@ async def test_an_adapter_is_named_listed_logged_and_rolled_back(
     caplog.set_level(logging.INFO, logger="lichen.access")
     first = add_made(registry, "mine", model_path, 1)
     async with daemon(served, registry) as (_, client):
+        before = await _asked(client, "mine")
         unpromoted = await client.post("/v1/chat/completions", json=body(f"{MODEL}:mine"))
         assert unpromoted.status_code == 404 and "promote" in unpromoted.json()["error"]["message"]
         registry.promote("mine", first.digest)
@@ -69,6 +70,7 @@ async def test_an_adapter_is_named_listed_logged_and_rolled_back(
         assert any(f"adapter={first.digest}*1 " in line for line in lines)
         assert any(f"adapter={first.digest}*0.5 " in line for line in lines)
         assert any("adapter=- " in line for line in lines)
+        assert await _asked(client, "mine") == before + 3, "the embeddings are no answers"
         registry.rollback("mine")
         plain = (await client.post("/v1/chat/completions", json=body(f"{MODEL}:mine"))).json()
         assert "adapter" not in plain and plain["model"] == f"{MODEL}:mine"
@@ -77,6 +79,13 @@ async def test_an_adapter_is_named_listed_logged_and_rolled_back(
         assert pinned["adapter"]["sha256"] == first.digest
         registry.remove("mine")
         assert (await client.post("/v1/chat/completions", json=body(f"{MODEL}:mine"))).status_code == 404
+
+
+async def _asked(client: httpx.AsyncClient, adapter: str) -> int:
+    """Answers that were asked for with an adapter, as /metrics counts them."""
+    series = f'lichen_adapter_requests_total{{model_name="{MODEL}",adapter="{adapter}"}} '
+    lines = (await client.get("/metrics")).text.splitlines()
+    return sum(int(line.removeprefix(series)) for line in lines if line.startswith(series))
 
 
 def _text(model: str) -> dict[str, Any]:
