@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 EMPTY = "There are no adapters yet; docs/guides/adapters.md says where they come from."
 SHOWN = 12  # digits of a digest
+STEPS = {"half": "half of the steps", "end": "all steps"}
 BAR = 32  # letters of the longest bar
 
 adapters = typer.Typer(
@@ -161,7 +162,7 @@ def life_words(life: Life) -> str:
 
 def gate_picture(verdict: dict[str, Any]) -> list[str]:
     """What a gate (`gate.Verdict`) measured before and after, a bar each, and what stood in the way."""
-    (judged,) = verdict["candidates"]
+    judged = _kept(verdict)
     before, after = verdict["before"], judged["numbers"]
     rows = [
         ("loss on the lesson", before["loss"], after["loss"]),
@@ -181,7 +182,19 @@ def gate_picture(verdict: dict[str, Any]) -> list[str]:
                 lines.append(
                     f"  {label:24} {when:6} {value:8.3f} {'█' * round(BAR * value / largest)}".rstrip()
                 )
+    others = [one for one in verdict["candidates"] if one is not judged]
+    for other in others:
+        loss = other["numbers"]["loss"]
+        shown = "no number" if loss is None else f"{loss:.3f}"
+        lines.append(f"  loss on the lesson after {STEPS[other['checkpoint']]}, which was not kept: {shown}")
     return lines + [f"  {fault}" for fault in judged["faults"]]
+
+
+def _kept(verdict: dict[str, Any]) -> dict[str, Any]:
+    """The candidate that a verdict is about, as `gate.Verdict.kept`; older verdicts have one."""
+    candidates: list[dict[str, Any]] = verdict["candidates"]
+    chosen = [one for one in candidates if one["name"] == verdict["chosen"]]
+    return (chosen or [one for one in candidates if one.get("checkpoint", "end") == "end"])[0]
 
 
 def _facts(version: Version, notes: list[Any]) -> list[tuple[str, str, str]]:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from lichen.adapters.journal import Journal
-from lichen.adapters.records import NOBODY, Kept, Opinion
+from lichen.adapters.records import NOBODY, Kept, Opinion, Rating
 from lichen.adapters.schema import MIGRATIONS, migrate
 from lichen.adapters.sqlite_errors import put_aside
 from lichen.errors import (
@@ -314,7 +314,7 @@ def test_processes_that_write_at_the_same_time_lose_nothing(path: Path) -> None:
 
 
 def test_ratings_are_counted_of_what_answered(path: Path) -> None:
-    given = [
+    given: list[tuple[str | None, str | None, str, Rating | None]] = [
         ("mine", "v1", "m", "up"),
         ("mine", "v1", "m", "up"),
         ("mine", "v1", "other", "up"),
@@ -328,7 +328,7 @@ def test_ratings_are_counted_of_what_answered(path: Path) -> None:
     with open_journal(path) as journal:
         with journal.writing():
             for number, (adapter, digest, model, rating) in enumerate(given):
-                about = {"adapter": adapter, "adapter_sha256": digest, "model_sha256": model}
+                about: dict[str, Any] = {"adapter": adapter, "adapter_sha256": digest, "model_sha256": model}
                 journal.keep(kept(response=str(number), **about))
                 if rating is not None:
                     journal.rate("", str(number), 0, Opinion(rating=rating))
