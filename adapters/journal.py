@@ -284,8 +284,12 @@ class Journal:
 
     # Which adapter learned from what
 
-    def used_in(self, ids: Sequence[str], adapter_digest: str) -> None:
-        """Note that an adapter was trained on these records or files; tainted at once if one is gone."""
+    def used_in(self, ids: Sequence[str], *adapter_digests: str) -> None:
+        """Note that adapters were trained on these records or files; tainted at once if one is gone."""
+        for digest in adapter_digests:
+            self._used_in(ids, digest)
+
+    def _used_in(self, ids: Sequence[str], adapter_digest: str) -> None:
         self._connection.executemany(
             "INSERT OR IGNORE INTO lineage VALUES (?, ?)", [(adapter_digest, id) for id in ids]
         )

@@ -301,8 +301,7 @@ class Learning:
         tainted: frozenset[str] = frozenset()
         if self._journal is not None:
             digests = [one.digest for one in (version, half) if one is not None]
-            for digest in digests:
-                await self._journal.do(lambda journal, digest=digest: journal.used_in(learned, digest))
+            await self._journal.do(lambda journal: journal.used_in(learned, *digests))
             tainted = frozenset(one.adapter for one in await self._journal.do(lambda j: j.tainted()))
         kept: Judged | None = None
         if version.digest in tainted:
