@@ -124,7 +124,7 @@ def test_of_one_training_the_better_checkpoint_is_kept_and_named() -> None:
     assert [one.checkpoint for one in overfit.candidates] == ["end", "half"]
     better = judged(lambda example: learned(example) * (1 if is_general(example) else 0.7))
     assert (better.chosen, better.kept.checkpoint) == ("end", "end")
-    forgetful = judged(lambda example: learned(example, general=2.0) * 0.5)
+    forgetful = judged(lambda example: learned(example, general=4.0) * 0.5)
     assert forgetful.chosen == "half", "a fault of one is none of the other"
     stored = msgspec.json.encode(forgetful)
     assert msgspec.json.decode(stored, type=Verdict) == forgetful
