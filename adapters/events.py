@@ -14,6 +14,7 @@ from typing import NamedTuple, TypeAlias
 import msgspec
 
 from lichen.adapters.grading import Grade
+from lichen.adapters.task import Checkpoint
 
 
 class Started(msgspec.Struct, frozen=True, tag="started", tag_field="event"):
@@ -84,7 +85,16 @@ class Finished(msgspec.Struct, frozen=True, tag="finished", tag_field="event"):
     memory: int
 
 
-Event: TypeAlias = Started | Measured | Stepped | Compared | Saved | Stopped | Failed | Finished
+class Settled(msgspec.Struct, frozen=True, tag="settled", tag_field="event"):
+    """What the gate decided after the training. checkpoint: which of its adapters is kept, and why the gate
+    lets none serve, or nothing. losses: of the lesson in nats a token, by checkpoint."""
+
+    checkpoint: Checkpoint
+    losses: dict[str, float | None] = {}
+    faults: tuple[str, ...] = ()
+
+
+Event: TypeAlias = Started | Measured | Stepped | Compared | Saved | Stopped | Failed | Finished | Settled
 
 
 class EventLog:

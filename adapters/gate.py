@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from lichen.adapters.task import Example
+from lichen.adapters.task import Checkpoint, Example
 from lichen.errors import GateError
 
 SURE = 2.326  # standard errors: one-sided, 99 %
@@ -99,11 +99,12 @@ class Numbers(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Judged(msgspec.Struct, frozen=True, kw_only=True):
-    """One candidate: its numbers, and why it may not be served, or nothing."""
+    """One candidate: its numbers, and why it may not be served, or nothing. checkpoint: of its training."""
 
     name: str
     numbers: Numbers
     faults: list[str]
+    checkpoint: Checkpoint = "end"
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
@@ -114,6 +115,12 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     before: Numbers
     candidates: list[Judged]
     limits: Limits
+
+    @property
+    def kept(self) -> Judged:
+        """The chosen candidate; where there is none, that of the end of its training."""
+        wanted = (one for one in self.candidates if one.name == self.chosen)
+        return next(wanted, None) or next(one for one in self.candidates if one.checkpoint == "end")
 
 
 def measure(scorer: Scorer, trial: Trial, adapter: Path | None) -> Scores:
@@ -138,13 +145,24 @@ def measure(scorer: Scorer, trial: Trial, adapter: Path | None) -> Scores:
     )
 
 
-def judge(before: Scores, candidates: Mapping[str, Scores], limits: Limits) -> Verdict:
+def judge(
+    before: Scores,
+    candidates: Mapping[str, Scores],
+    limits: Limits,
+    checkpoints: Mapping[str, Checkpoint] | None = None,
+) -> Verdict:
     """Choose the candidate that lowers the lesson's loss most among those without a fault.
 
-    before: what is served now (another version of the adapter, or none), in the same trial.
+    before: what is served now (another version of the adapter, or none), in the same trial. checkpoints: of
+    the candidates by name, where one is not of the end of its training.
     """
     judged = [
-        Judged(name=name, numbers=_numbers(scores), faults=_faults(before, scores, limits))
+        Judged(
+            name=name,
+            numbers=_numbers(scores),
+            faults=_faults(before, scores, limits),
+            checkpoint=(checkpoints or {}).get(name, "end"),
+        )
         for name, scores in candidates.items()
     ]
     sound = [one for one in judged if not one.faults]

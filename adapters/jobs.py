@@ -24,7 +24,8 @@ import msgspec
 from msgspec import Meta
 
 from lichen.adapters.launch import CHECKPOINT, EXAMPLES
-from lichen.adapters.task import Objective
+from lichen.adapters.lineage import MIDDLE
+from lichen.adapters.task import Checkpoint, Objective
 from lichen.durable import sync_folder, write_file
 from lichen.errors import JournalError, JournalFull, LichenError, NotFound, RequestError
 
@@ -52,11 +53,13 @@ class Hyperparameters(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    """What came of a job. adapter: name; digest: of the version; tokens: that went through the model."""
+    """What came of a job. adapter: name; digest: of the version; tokens: that went through the model.
+    checkpoint: which of the training's adapters it is."""
 
     adapter: str
     digest: str
     tokens: int = 0
+    checkpoint: Checkpoint = "end"
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -163,7 +166,7 @@ class JobStore:
                     shutil.rmtree(folder)
 
     def _tidy(self, id: str) -> None:
-        for name in (LESSONS, EXAMPLES, CHECKPOINT):
+        for name in (LESSONS, EXAMPLES, CHECKPOINT, MIDDLE):
             with contextlib.suppress(OSError):
                 (self.place(id) / name).unlink(missing_ok=True)
         shutil.rmtree(self.place(id) / RESULT, ignore_errors=True)

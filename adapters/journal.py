@@ -24,7 +24,8 @@ from typing import Any
 
 import msgspec
 
-from lichen.adapters.records import Entry, Forgotten, Kept, Opinion, Rating, Record, Tainted, new_id
+from lichen.adapters.journal_rows import ENTRY, RATINGS, RECORD, entry_of, record_of
+from lichen.adapters.records import Entry, Forgotten, Kept, Opinion, Record, Tainted, new_id
 from lichen.adapters.schema import PAGE, check_ours, migrate
 from lichen.adapters.sqlite_errors import translated
 from lichen.errors import JournalBusy, JournalDamaged, JournalFull, NotFound, NotKept, PayloadTooLarge
@@ -35,14 +36,6 @@ WAL_KEPT = 4 << 20  # bytes that the log of changes keeps on disk between checkp
 SHARE = 4  # one record may take 1/SHARE of the bound
 ROOM = 16  # making room frees 1/ROOM of the bound
 DEFAULT_LIMIT = 1_000_000_000  # bytes
-
-_ENTRY = (
-    "id, owner, response, choice, created, source, kind, model, model_sha256, rated, rating, tags, "
-    "correction IS NOT NULL"
-)
-_RECORD = f"{_ENTRY}, correction, request, answer"
-_RATINGS: dict[Rating | None, int | None] = {"up": 1, "down": -1, None: None}
-_WORDS: dict[int | None, Rating | None] = {1: "up", -1: "down", None: None}
 
 encode = msgspec.json.encode
 
@@ -148,7 +141,7 @@ class Journal:
             {
                 "id": found,
                 "now": time.time(),
-                "rating": _RATINGS[opinion.rating],
+                "rating": RATINGS[opinion.rating],
                 "correction": opinion.correction,
                 "tags": None if opinion.tags is None else encode(opinion.tags).decode(),
             },
@@ -159,22 +152,22 @@ class Journal:
         """One record. owner: None for anybody's. Raises NotFound, also for somebody else's."""
         with translated(self.path):
             row = self._run(
-                f"SELECT {_RECORD} FROM records WHERE id = ? AND owner = coalesce(?, owner)", (id, owner)
+                f"SELECT {RECORD} FROM records WHERE id = ? AND owner = coalesce(?, owner)", (id, owner)
             ).fetchone()
         if row is None:
             raise _unknown(id)
-        return _record(row)
+        return record_of(row)
 
     def entries(self, owner: str | None = None, *, after: str | None = None, limit: int = 20) -> list[Entry]:
         """Records without their texts, newest first, those after `after`. Raises NotFound for its id."""
         with translated(self.path):
             last = (1 << 62) if after is None else self._place(after, owner)
             rows = self._run(
-                f"SELECT {_ENTRY} FROM records WHERE seq < ? AND owner = coalesce(?, owner) "
+                f"SELECT {ENTRY} FROM records WHERE seq < ? AND owner = coalesce(?, owner) "
                 "ORDER BY seq DESC LIMIT ?",
                 (last, owner, limit),
             ).fetchall()
-        return [Entry(**_fields(row)) for row in rows]
+        return [entry_of(row) for row in rows]
 
     def records(self) -> Iterator[Record]:
         """All records, oldest first, read one by one."""
@@ -182,12 +175,12 @@ class Journal:
             last = 0
             while True:
                 rows = self._run(
-                    f"SELECT {_RECORD}, seq FROM records WHERE seq > ? ORDER BY seq LIMIT 1", (last,)
+                    f"SELECT {RECORD}, seq FROM records WHERE seq > ? ORDER BY seq LIMIT 1", (last,)
                 ).fetchall()
                 if not rows:
                     return
                 last = rows[0][-1]
-                yield _record(rows[0][:-1])
+                yield record_of(rows[0][:-1])
 
     def count(self) -> tuple[int, int]:
         """Records, and how many of them somebody rated or corrected."""
@@ -204,6 +197,21 @@ class Journal:
                 (moment,),
             ).fetchone()
         return int(count)
+
+    def ratings(self, adapter: str | None, digest: str, *, model: str | None = None) -> tuple[int, int]:
+        """How many answers were liked, and how many disliked, that a version of an adapter gave.
+
+        digest: "" for the model alone. adapter: the name that was asked for, "" for none, None for any.
+        model: sha256 of the model's file, None for any; answers of a file that nobody has hashed count too.
+        """
+        with translated(self.path):
+            up, down = self._run(
+                "SELECT coalesce(sum(rating = 1), 0), coalesce(sum(rating = -1), 0) FROM records "
+                "WHERE adapter_sha256 = ?1 AND rating IS NOT NULL AND adapter = coalesce(?2, adapter) "
+                "AND (?3 IS NULL OR model_sha256 IN (?3, ''))",
+                (digest, adapter, model),
+            ).fetchone()
+        return int(up), int(down)
 
     # Forgetting
 
@@ -276,8 +284,12 @@ class Journal:
 
     # Which adapter learned from what
 
-    def used_in(self, ids: Sequence[str], adapter_digest: str) -> None:
-        """Note that an adapter was trained on these records or files; tainted at once if one is gone."""
+    def used_in(self, ids: Sequence[str], *adapter_digests: str) -> None:
+        """Note that adapters were trained on these records or files; tainted at once if one is gone."""
+        for digest in adapter_digests:
+            self._used_in(ids, digest)
+
+    def _used_in(self, ids: Sequence[str], adapter_digest: str) -> None:
         self._connection.executemany(
             "INSERT OR IGNORE INTO lineage VALUES (?, ?)", [(adapter_digest, id) for id in ids]
         )
@@ -367,26 +379,6 @@ def _identity(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return (found.st_dev, found.st_ino)
-
-
-def _fields(row: tuple[Any, ...]) -> dict[str, Any]:
-    names = Entry.__struct_fields__
-    fields = dict(zip(names, row, strict=True))
-    return fields | {
-        "rating": _WORDS[fields["rating"]],
-        "tags": tuple(msgspec.json.decode(fields["tags"])),
-        "corrected": bool(fields["corrected"]),
-    }
-
-
-def _record(row: tuple[Any, ...]) -> Record:
-    *entry, correction, request, answer = row
-    return Record(
-        **_fields(tuple(entry)),
-        correction=correction,
-        request=msgspec.json.decode(request),
-        answer=msgspec.json.decode(answer),
-    )
 
 
 def _unknown(id: str) -> NotFound:

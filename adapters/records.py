@@ -20,7 +20,9 @@ class Kept(msgspec.Struct, frozen=True, kw_only=True):
 
     request: of a chat {"messages": [...], "tools": [...] if there were any}, of a text {"prompt": "..."}.
     answer: the assistant's message, or {"text": "..."}. source: "app" where a client says what was
-    answered instead of this daemon knowing it. created: seconds since 1970.
+    answered instead of this daemon knowing it. created: seconds since 1970. adapter: the name that was asked
+    for, adapter_sha256: of what answered; "" for the model alone, None where that is not known, or where the
+    adapter was used at another strength than its own.
     """
 
     owner: str
@@ -31,6 +33,8 @@ class Kept(msgspec.Struct, frozen=True, kw_only=True):
     answer: dict[str, Any]
     model: str
     model_sha256: str = ""
+    adapter: str | None = None
+    adapter_sha256: str | None = None
     source: Literal["served", "app"] = "served"
     created: float = msgspec.field(default_factory=time.time)
 
@@ -62,11 +66,13 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Record(Entry, frozen=True, kw_only=True):
-    """A whole record."""
+    """A whole record. adapter, adapter_sha256: as in `Kept`."""
 
     correction: str | None
     request: dict[str, Any]
     answer: dict[str, Any]
+    adapter: str | None
+    adapter_sha256: str | None
 
 
 class Forgotten(msgspec.Struct, frozen=True):

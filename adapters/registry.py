@@ -3,6 +3,7 @@
 Layout of its folder, all of it plain files that are only ever replaced whole:
 
     <name>/standing.json                what serves under the name, and what is tainted (`versions.Standing`)
+    <name>/lives.json                   what was lived with its versions (`runtime/lives.py`)
     <name>/<sha256>/adapter.gguf        the bytes that the digest names
     <name>/<sha256>/version.json        `versions.Version`, written once
     <name>/<sha256>/notes.json          a list of `versions.Note`: what a gate found, why it was rolled back
@@ -27,12 +28,12 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import filelock
 import msgspec
 
-from lichen.adapters.versions import BASE, Difference, Lineage, Note, Standing, Version
+from lichen.adapters.versions import BASE, ROLLED_BACK, Difference, Lineage, Note, Standing, Version
 from lichen.durable import sync_folder, sync_tree, write_file
 from lichen.errors import AdapterError, DiskFull, NotFound, RegistryError, StoreError
 from lichen.quant.adapter_check import check_adapter
@@ -187,26 +188,30 @@ class Registry:
                 self._stand(name, msgspec.structs.replace(standing, history=history[-HISTORY:]))
             return version
 
-    def rollback(self, name: str, *, reason: str = "") -> Version | None:
+    def rollback(
+        self, name: str, *, reason: str = "", of: str | None = None, facts: dict[str, Any] | None = None
+    ) -> Version | None:
         """Let the version before the active one serve again, or the model alone (None) where none was.
 
         Versions that are gone or tainted are passed over. Raises NotFound, and RegistryError where nothing
-        serves. The version that goes gets a note with the reason.
+        serves, or something else than `of`. The version that goes gets a note with the reason and the facts.
         """
         with _translated(self.folder), self._writing():
             there = self._versions(checked_name(name))
             standing = self.standing(name)
             if standing.active is None:
                 raise RegistryError(f"No version of {name} serves, so there is none to roll back.")
-            left = tuple(
-                digest
-                for digest in standing.history[:-1]
-                if digest == BASE or (digest in there and digest not in standing.tainted)
-            )
-            self._stand(name, msgspec.structs.replace(standing, history=left or (BASE,)))
+            if of not in (None, standing.active):
+                raise RegistryError(f"Another version of {name} serves meanwhile.")
+            self._stand(name, msgspec.structs.replace(standing, history=standing.before(there)))
             if standing.active in there:
-                self._note(name, standing.active, Note(kind="rolled back", values={"reason": reason}))
+                values = {"reason": reason, **(facts or {})}
+                self._note(name, standing.active, Note(kind=ROLLED_BACK, values=values))
             return self.active(name) if there else None
+
+    def before(self, name: str) -> str:
+        """Digest of the version that a rollback would let serve, BASE for the model alone."""
+        return self.standing(name).before(self._versions(checked_name(name)))[-1]
 
     # What is known of a version
 

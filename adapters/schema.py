@@ -47,7 +47,15 @@ CREATE TABLE forgotten (lesson TEXT PRIMARY KEY, since REAL NOT NULL) STRICT, WI
 CREATE TABLE tainted (adapter TEXT PRIMARY KEY, since REAL NOT NULL) STRICT, WITHOUT ROWID;
 """
 
-MIGRATIONS: tuple[str, ...] = (_VERSION_1,)
+# NULL: not known. The index holds all that counting ratings needs, so that no text is walked through for it.
+_VERSION_2 = """
+ALTER TABLE records ADD COLUMN adapter TEXT;
+ALTER TABLE records ADD COLUMN adapter_sha256 TEXT;
+CREATE INDEX rated_adapters ON records (adapter_sha256, adapter, model_sha256, rating)
+    WHERE rating IS NOT NULL;
+"""
+
+MIGRATIONS: tuple[str, ...] = (_VERSION_1, _VERSION_2)
 
 
 def migrate(connection: sqlite3.Connection, migrations: Sequence[str] = MIGRATIONS) -> None:

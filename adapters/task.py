@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Meta
 
 Objective = Literal["supervised", "preference"]
+Checkpoint = Literal["half", "end"]  # of the steps of a training
 LINEARS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 
 Tokens = list[Annotated[int, Meta(ge=0, le=1 << 24)]]
@@ -128,7 +129,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """What `adapter.json` beside an adapter says: what it is, from what, and what was measured.
 
     base: sha256 of the model's file. before, after: `events.Measured`, in nats a token. pruned:
-    `prune.Pruned`, or None where nothing was to be taken out.
+    `prune.Pruned`, or None where nothing was to be taken out. middle: the step after which the `middle.gguf`
+    beside it was written, None where there is none.
     """
 
     version: int = 1
@@ -144,3 +146,4 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     lichen: str
     torch: str
     pruned: dict[str, Any] | None = None
+    middle: int | None = None

@@ -4,12 +4,14 @@ The folder holds task.json and examples.json; it gets events.jsonl and checkpoin
 while the process runs. The process has the lowest priority, and waits between the parts of a step
 while requests run (`courtesy.py`). SIGTERM and SIGINT, or the end of the process that started it, end it
 after the step that runs, with a checkpoint, and a measurement at once; after `kill -9` it goes on from the
-last checkpoint. Exit codes: 0 finished, 3 stopped, 1 failed; an event says more.
+last checkpoint. The adapter as it is after half of the steps is kept too, so that the gate may choose.
+Exit codes: 0 finished, 3 stopped, 1 failed; an event says more.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import resource
@@ -31,6 +33,7 @@ from lichen.adapters import checkpoint
 from lichen.adapters.courtesy import Courtesy
 from lichen.adapters.events import EventLog, Failed, Finished, Measured, Saved, Started, Stepped, Stopped
 from lichen.adapters.launch import CHECKPOINT, EVENTS, EXAMPLES, LOCK, RECALL, STOPPED, TASK
+from lichen.adapters.lineage import ADAPTER, MANIFEST, MIDDLE
 from lichen.adapters.lora_file import write_adapter
 from lichen.adapters.prune import Pruned
 from lichen.adapters.recall import Recalled, recall
@@ -89,6 +92,7 @@ class Run:
         path = self.folder / CHECKPOINT
         state = checkpoint.load(path, self.identity)
         if state is None:
+            self._forget_middle()  # of another training
             began = time.monotonic()
             self.before = trainer.measure("before")
             if self.task.minutes is not None:
@@ -109,6 +113,7 @@ class Run:
         place = self._publish(trainer, after, pruned)
         path.unlink()
         (self.folder / RECALL).unlink(missing_ok=True)
+        self._forget_middle()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         self.tell(Finished(str(place), time.monotonic() - started, peak))
         return 0
@@ -154,6 +159,10 @@ class Run:
             speed = step.tokens / (now - started)
             told = Stepped(trainer.step, step.epoch, step.loss, step.rate, step.norm, speed, left, step.kept)
             self.tell(told)
+            if (
+                trainer.step == trainer.steps // 2 and not self.task.prune
+            ):  # pruned at the end, it has no match
+                self._write(trainer, self.folder / MIDDLE)  # before a checkpoint is past it
             if self._measures_at(trainer):
                 self.tell(trainer.measure(f"step {trainer.step}"))
             if now - saved >= self.task.checkpoint:
@@ -190,20 +199,35 @@ class Run:
         self._step = trainer.step
         self.tell(Saved(trainer.step))
 
+    def _forget_middle(self) -> None:
+        """Remove it, and what a killed process left of writing it."""
+        for left in self.folder.glob(f"*{MIDDLE}*"):
+            left.unlink()
+
+    @functools.cached_property
+    def _base(self) -> str:
+        with Path(self.task.model).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def _write(self, trainer: Trainer, path: Path) -> None:
+        """Write the adapter as it is now; the file appears whole, and durable."""
+        write_adapter(trainer.model, path, self.task.lora, name=self.task.name, base=self._base)
+
     def _publish(self, trainer: Trainer, after: Measured, pruned: Pruned | None) -> Path:
         """Put the adapter and what is known of it into `<output>/<digest>/`, which appears whole."""
-        with Path(self.task.model).open("rb") as file:
-            base = hashlib.file_digest(file, "sha256").hexdigest()
         output = Path(self.task.output)
         staged = output / f".{self.identity[:16]}.partial"
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir(parents=True, mode=0o700)
-        write_adapter(trainer.model, staged / "adapter.gguf", self.task.lora, name=self.task.name, base=base)
-        digest = hashlib.sha256((staged / "adapter.gguf").read_bytes()).hexdigest()
+        self._write(trainer, staged / ADAPTER)
+        digest = hashlib.sha256((staged / ADAPTER).read_bytes()).hexdigest()
+        middle = self.folder / MIDDLE
+        if middle.exists():
+            write_file(staged / MIDDLE, middle.read_bytes())
         manifest = Manifest(
             name=self.task.name,
             sha256=digest,
-            base=base,
+            base=self._base,
             task=self.task,
             first=trainer.first,
             steps=trainer.steps,
@@ -211,10 +235,11 @@ class Run:
             before=msgspec.to_builtins(self.before),
             after=msgspec.to_builtins(after),
             pruned=msgspec.to_builtins(pruned),
+            middle=trainer.steps // 2 if middle.exists() else None,
             lichen=lichen.__version__,
             torch=str(torch.__version__),
         )
-        write_file(staged / "adapter.json", msgspec.json.format(msgspec.json.encode(manifest)))
+        write_file(staged / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest)))
         place = output / digest[:16]
         shutil.rmtree(place, ignore_errors=True)  # the same bytes, trained before
         staged.rename(place)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Container
 from typing import Any
 
 import msgspec
 
 import lichen
 
+ROLLED_BACK = "rolled back"  # kind of a note
 BASE = ""  # in a name's history: the model alone, without an adapter
 
 
@@ -78,6 +80,12 @@ class Standing(msgspec.Struct, frozen=True, kw_only=True):
     def active(self) -> str | None:
         """The digest that serves; None for the model alone, or where nothing was promoted yet."""
         return self.history[-1] or None if self.history else None
+
+    def before(self, there: Container[str]) -> tuple[str, ...]:
+        """The history that a rollback would leave: without the active one, and without versions that are
+        tainted or not `there` any more; BASE where no other is left."""
+        left = (digest for digest in self.history[:-1] if digest == BASE or digest in there)
+        return tuple(digest for digest in left if digest not in self.tainted) or (BASE,)
 
     @property
     def kept(self) -> frozenset[str]:

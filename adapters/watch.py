@@ -13,6 +13,7 @@ import msgspec
 
 SURE = 2.326  # standard errors: one-sided, 99 %
 FEWEST = 30  # answers: the mean of fewer is not normal enough to say how sure it is
+FEWEST_RATED = 5  # ratings: fewer may be one person's mood
 
 
 class Lived(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,6 +31,9 @@ class Lived(msgspec.Struct, frozen=True, kw_only=True):
     squares: float = 0.0
     drafted: int = 0
     accepted: int = 0
+
+    def __add__(self, other: Lived) -> Lived:
+        return Lived(**{name: getattr(self, name) + getattr(other, name) for name in self.__struct_fields__})
 
 
 class Bounds(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,7 +54,9 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True):
 def watch(before: Lived, now: Lived, bounds: Bounds) -> Turn:
     """Compare two times. Measures that one of them lacks say nothing."""
     reasons = []
-    down = _points(before.down, before.up + before.down, now.down, now.up + now.down)
+    down = None
+    if min(before.up + before.down, now.up + now.down) >= FEWEST_RATED:
+        down = _points(before.down, before.up + before.down, now.down, now.up + now.down)
     if down is not None and down > bounds.down:
         reasons.append(f"Answers are rated down more often, by at least {down:.0%}.")
     rise = _rise(before, now)

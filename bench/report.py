@@ -260,9 +260,6 @@ def _distillation_body(record: dict[str, Any]) -> list[str]:
     ]
 
 
-_BODIES = {
-    "speculation": _speculation_body,
-    "distillation": _distillation_body,
 def _learning_speed_body(record: dict[str, Any]) -> list[str]:
     settings, first = record["settings"], record["first"]
     lesson = "banking77's questions" if settings["lesson"] == "banking" else "GSM8K's problems"
@@ -302,6 +299,8 @@ def _met(aims: dict[str, bool]) -> str:
 
 
 _BODIES = {
+    "speculation": _speculation_body,
+    "distillation": _distillation_body,
     "learning_speed": _learning_speed_body,
     "learn_while_serving": _learning_beside_body,
     "quantize": _quantize_body,

@@ -392,6 +392,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         Annotated[float, Meta(ge=0, le=10)],
         _about("Share that a new adapter may lose of each earlier lesson.", metavar="SHARE"),
     ] = 0.02
+    auto_rollback: Annotated[
+        bool,
+        _about(
+            "Let the version before serve again by itself when answers of a new version of an adapter are "
+            "rated worse, are less expected by the model, or are guessed less well by drafts, by more than "
+            "chance explains."
+        ),
+    ] = True
     auto_learn: Annotated[
         bool,
         _about(

@@ -7,19 +7,25 @@ so that nothing has to be at hand but prompts.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
 
-from lichen.adapters.gate import AnswerScore, Limits, Skill, Trial, Verdict, judge, measure
+from lichen.adapters.events import EventLog, Settled
+from lichen.adapters.gate import AnswerScore, Judged, Limits, Scores, Skill, Trial, Verdict, judge, measure
+from lichen.adapters.launch import EVENTS, EXAMPLES
 from lichen.adapters.registry import Registry
-from lichen.adapters.task import Example, Examples
+from lichen.adapters.task import Checkpoint, Example, Examples
 from lichen.adapters.versions import Note, Version
-from lichen.errors import EngineError, GateError
+from lichen.errors import EngineError, GateError, NotFound
 from lichen.quant.adapter_check import check_adapter
 from lichen.quant.gguf_check import check_gguf
 from lichen.runtime import native
+
+log = logging.getLogger("lichen.learning")
 
 BATCH = 256  # tokens of a step
 OUTPUTS = 32  # rows of logits of a step: each takes four bytes for every token of the vocabulary
@@ -144,15 +150,47 @@ def settle(
     threads: int,
     progress: Progress = lambda _what, _done, _of: None,
     promote: bool = True,
+    half: Version | None = None,
 ) -> Verdict:
     """Measure a version beside what serves, note the decision, and let it serve if it may. Blocks.
+
+    half: the same training after half of its steps. It is measured beside the other, and the one that
+    `Verdict.kept` names stays in the registry.
 
     The lesson is compared with the version that serves now, general answers with the model alone, so that
     small losses do not add up from version to version. Raises GateError where there is too little to measure
     on (noted as well), and what scoring and the registry raise.
     """
-    active = registry.active(version.name)
-    now = None if active is None else registry.file(version.name, active.digest)
+    rivals = [one for one in (version, half) if one is not None]
+    try:
+        before, *measured = _measured(registry, rivals, model, examples, threads, progress)
+    except BaseException as error:
+        if isinstance(error, GateError):
+            registry.note(version.name, version.digest, Note(kind="gate", values={"reason": str(error)}))
+        _drop(registry, rivals, version.digest)
+        raise
+    scores = {rival.digest: found for rival, found in zip(rivals, measured, strict=True)}
+    checkpoints: dict[str, Checkpoint] = {} if half is None else {half.digest: "half", version.digest: "end"}
+    verdict = judge(before, scores, limits, checkpoints)
+    registry.note(version.name, verdict.kept.name, Note(kind="gate", values=msgspec.to_builtins(verdict)))
+    if promote and verdict.chosen is not None:
+        registry.promote(version.name, verdict.chosen)
+    _drop(registry, rivals, verdict.kept.name)
+    return verdict
+
+
+def _measured(
+    registry: Registry,
+    rivals: Sequence[Version],
+    model: Path,
+    examples: Examples,
+    threads: int,
+    progress: Progress,
+) -> list[Scores]:
+    """Scores of what serves now, and of each rival. Raises GateError and what scoring raises."""
+    name = rivals[0].name
+    active = registry.active(name)
+    now = None if active is None else registry.file(name, active.digest)
     trial = _trial(examples)
     window = max(len(one.prompt) + max(len(one.answer), ANSWER) for one in _all(trial, examples)) + 1
     scorer = EngineScorer(model, window=window, threads=threads)
@@ -160,22 +198,51 @@ def settle(
         progress("general answers", 0, 1)
         general = scorer.answers(examples.asked[:PROMPTS], examples.ends) or trial.general
         trial = msgspec.structs.replace(trial, general=general)
-        _count(scorer, trial, progress)
+        _count(scorer, trial, 1 + len(rivals), progress)
         before = measure(scorer, trial, now)
         if now is not None:
             alone = Skill(answers=scorer.score(trial.general, None)) if trial.general else None
             before = msgspec.structs.replace(before, general=alone)
-        after = measure(scorer, trial, registry.file(version.name, version.digest))
-    except GateError as error:
-        registry.note(version.name, version.digest, Note(kind="gate", values={"reason": str(error)}))
-        raise
+        return [before, *(measure(scorer, trial, registry.file(name, rival.digest)) for rival in rivals)]
     finally:
         scorer.close()
-    verdict = judge(before, {version.digest: after}, limits)
-    registry.note(version.name, version.digest, Note(kind="gate", values=msgspec.to_builtins(verdict)))
-    if promote and verdict.decision == "promote":
-        registry.promote(version.name, version.digest)
-    return verdict
+
+
+def _drop(registry: Registry, rivals: Sequence[Version], kept: str) -> None:
+    """Take out of the registry what lost, unless it served before."""
+    for rival in rivals:
+        if rival.digest not in (kept, *registry.standing(rival.name).history):
+            with contextlib.suppress(NotFound):  # there was no room for it
+                registry.remove(rival.name, rival.digest)
+
+
+def let_decide(
+    registry: Registry,
+    version: Version,
+    model: Path,
+    folder: Path,
+    limits: Limits,
+    half: Version | None = None,
+) -> Judged | None:
+    """Let the gate measure a training's adapters on what its job kept for that, and serve the better one.
+
+    The one that is kept, None where there was too little to measure on. Told in the job's events. Blocks.
+    """
+    examples = msgspec.json.decode((folder / EXAMPLES).read_bytes(), type=Examples)
+    try:
+        verdict = settle(registry, version, model, examples, limits, threads=1, half=half)
+    except GateError as error:
+        log.warning("The adapter %s does not serve by itself: %s", version.name, error)
+        return None
+    kept = verdict.kept
+    losses: dict[str, float | None] = {
+        judged.checkpoint: judged.numbers.loss for judged in verdict.candidates
+    }
+    with contextlib.closing(EventLog(folder / EVENTS)) as tell:
+        tell(Settled(checkpoint=kept.checkpoint, losses=losses, faults=tuple(kept.faults)))
+    for fault in kept.faults:
+        log.warning("The adapter %s does not serve: %s", version.name, fault)
+    return kept
 
 
 def _trial(examples: Examples) -> Trial:
@@ -192,9 +259,9 @@ def _all(trial: Trial, examples: Examples) -> list[Example]:
     return [*asked, *crossed, *trial.general, *(one for part in trial.earlier.values() for one in part)]
 
 
-def _count(scorer: EngineScorer, trial: Trial, progress: Progress) -> None:
+def _count(scorer: EngineScorer, trial: Trial, times: int, progress: Progress) -> None:
     """Tell how many of all examples were scored, after each."""
-    of = 2 * (2 * len(trial.lesson) + len(trial.general) + sum(map(len, trial.earlier.values())))
+    of = times * (2 * len(trial.lesson) + len(trial.general) + sum(map(len, trial.earlier.values())))
     done = 0
 
     def tell() -> None:

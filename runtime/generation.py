@@ -109,10 +109,11 @@ class Generation:
         reader: AnswerReader | None = None,
         *,
         keep: object = None,
+        life: Callable[[Sequence], None] | None = None,
     ) -> None:
-        """keep: whatever must live as long as this does."""
+        """keep: whatever must live as long as this does. life: is told when the answer is complete."""
         self.sequence = sequence
-        self._keep = keep
+        self._keep, self._life = keep, life
         self.reader = reader  # splits a chat answer's text into its parts
         self.finished: Finished | None = None
         self._mailbox = mailbox
@@ -142,6 +143,8 @@ class Generation:
         if isinstance(event, Finished):
             self._open = False
             self.finished = event
+            if self._life is not None:
+                self._life(self.sequence)
         return event
 
     async def text(self) -> str:

@@ -29,17 +29,16 @@ from lichen.adapters import jobs
 from lichen.adapters.courtesy import Courtesy
 from lichen.adapters.events import Event, Stepped
 from lichen.adapters.files import FileStore
-from lichen.adapters.gate import Limits
+from lichen.adapters.gate import Judged, Limits
 from lichen.adapters.jobs import Job, JobStore, Outcome
-from lichen.adapters.launch import EXAMPLES, Training, at_work, prepare
+from lichen.adapters.launch import Training, at_work, prepare
 from lichen.adapters.lessons import survey
-from lichen.adapters.lineage import ADAPTER, lineage_of
+from lichen.adapters.lineage import enter
 from lichen.adapters.registry import Registry
 from lichen.adapters.task import Examples, LoRAOptions, Task
 from lichen.adapters.thread import JournalThread
-from lichen.adapters.versions import Version
-from lichen.errors import GateError, JournalFull, LichenError, NotFound, RequestError, TrainingError
-from lichen.runtime.gating import settle
+from lichen.errors import JournalFull, LichenError, NotFound, RequestError, TrainingError
+from lichen.runtime.gating import let_decide
 from lichen.sync.download import hash_file
 
 log = logging.getLogger("lichen.learning")
@@ -296,17 +295,28 @@ class Learning:
         What it learned from is noted before it serves, so that none that is to be forgotten is overlooked.
         """
         learned = await asyncio.to_thread(self._learned_from, job)
-        version = await asyncio.to_thread(self._add, job, model, place, learned)
+        enter_all = functools.partial(enter, base_name=job.model, lessons=learned)
+        version, half = await asyncio.to_thread(enter_all, self.registry, job.name, place, model)
+        await asyncio.to_thread(shutil.rmtree, place, ignore_errors=True)  # the registry has it
         tainted: frozenset[str] = frozenset()
         if self._journal is not None:
-            await self._journal.do(lambda journal: journal.used_in(learned, version.digest))
+            digests = [one.digest for one in (version, half) if one is not None]
+            await self._journal.do(lambda journal: journal.used_in(learned, *digests))
             tainted = frozenset(one.adapter for one in await self._journal.do(lambda j: j.tainted()))
+        kept: Judged | None = None
         if version.digest in tainted:
             await asyncio.to_thread(self.registry.taint, tainted)
+            if half is not None:
+                await asyncio.to_thread(self.registry.remove, half.name, half.digest)
         else:
-            folder = self.store.place(job.id)
-            await asyncio.to_thread(let_decide, self.registry, version, model, folder, self._limits)
-        outcome = Outcome(adapter=job.name, digest=version.digest, tokens=round(self._tokens))
+            about = (version, model, self.store.place(job.id), self._limits, half)
+            kept = await asyncio.to_thread(let_decide, self.registry, *about)
+        outcome = Outcome(
+            adapter=job.name,
+            digest=version.digest if kept is None else kept.name,
+            tokens=round(self._tokens),
+            checkpoint="end" if kept is None else kept.checkpoint,
+        )
         await self._record(job.id, functools.partial(jobs.ended, status="succeeded", outcome=outcome))
 
     def _learned_from(self, job: Job) -> list[str]:
@@ -315,12 +325,6 @@ class Learning:
         if job.lessons and records.exists():
             return msgspec.json.decode(records.read_bytes(), type=list[str])
         return [id for id in (job.training, job.validation) if id]
-
-    def _add(self, job: Job, model: Path, place: Path, learned: list[str]) -> Version:
-        lineage = lineage_of(place, base_name=job.model, lessons=learned)
-        version = self.registry.add(job.name, place / ADAPTER, lineage, model=model)
-        shutil.rmtree(place, ignore_errors=True)  # the registry has it
-        return version
 
     async def _be_polite(self, courtesy: Courtesy) -> None:
         """Keep the byte true: busy while requests run, and a moment longer."""
@@ -339,18 +343,6 @@ def require_torch() -> None:
         raise TrainingError(
             "Learning needs torch, which is not installed.", hint="pip install 'lichen[train]'"
         )
-
-
-def let_decide(registry: Registry, version: Version, model: Path, folder: Path, limits: Limits) -> None:
-    """Let the gate measure a version on what its job kept for that, and serve it if it may. Blocks."""
-    examples = msgspec.json.decode((folder / EXAMPLES).read_bytes(), type=Examples)
-    try:
-        verdict = settle(registry, version, model, examples, limits, threads=1)
-    except GateError as error:
-        log.warning("The adapter %s does not serve by itself: %s", version.name, error)
-        return
-    for fault in verdict.candidates[0].faults:
-        log.warning("The adapter %s does not serve: %s", version.name, fault)
 
 
 class TrainerDied(TrainingError):

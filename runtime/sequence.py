@@ -183,6 +183,8 @@ class Sequence:
 
     owner: whose past answers may help with drafts: the id of an API key, or LOCAL. adaptation: what it is
     computed with, from its admission to its last token. kept: whether its content may be kept to learn from.
+    scored: whether some of its tokens are scored; loss: -log p of those under the model itself, in nats,
+    summed over `scored_tokens`.
     """
 
     prompt: list[int]
@@ -192,12 +194,15 @@ class Sequence:
     owner: str = LOCAL
     adaptation: Adaptation = PLAIN
     kept: bool = False
+    scored: bool = False
     id: int = field(default_factory=lambda: next(_ids))
     tokens: list[int] = field(init=False)
     computed: int = 0
     cached: int = 0
     drafted: int = 0
     accepted: int = 0
+    loss: float = 0.0
+    scored_tokens: int = 0
     slot: int | None = None
     submitted_at: float = field(default_factory=time.perf_counter)
     admitted_at: float = 0.0

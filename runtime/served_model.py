@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import copy
 import functools
-import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,24 +26,22 @@ from lichen.runtime.chat import Message, capabilities
 from lichen.runtime.constraint import Constraint, Grammars
 from lichen.runtime.embedding import Embedder
 from lichen.runtime.engine import Engine
+from lichen.runtime.engine_start import start_engine
 from lichen.runtime.generation import Generation, Mailbox
 from lichen.runtime.grammar import json_grammar, whole_grammar
 from lichen.runtime.metrics import EngineMetrics
-from lichen.runtime.native import Context, ContextSize, Model
-from lichen.runtime.native import version as native_version
+from lichen.runtime.native import Model
 from lichen.runtime.prompt import PromptWriter
 from lichen.runtime.scheduler import PREFILL_SHARE
 from lichen.runtime.sequence import LOCAL, SamplingOptions
 from lichen.runtime.sequence import Sequence as LiveSequence
-from lichen.runtime.speculation.build import SpeculationOptions, build
-from lichen.runtime.spill import CacheKey, SpillStores, file_identity
+from lichen.runtime.speculation.build import SpeculationOptions
 
 if TYPE_CHECKING:
     from lichen.runtime.memory import Fitted
 
 T = TypeVar("T")
 
-INDEX_S = 1.0  # a slow disk may delay a start by this much; what it still holds is found later
 INLINE_CHARACTERS = 2048  # shorter texts are tokenized on the loop: under a millisecond
 
 
@@ -88,8 +85,12 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
 class ServedModel:
     """One loaded model. Make it with `load`; close it with `close`, which waits for nothing.
 
-    path: its file.
+    path: its file. adapter: the name that it answers under, "" for its own. life: is told of each answer that
+    was given with the adapter as it is, once it is complete; on the event loop of whoever reads it.
     """
+
+    adapter = ""
+    life: Callable[[LiveSequence], None] | None = None
 
     def __init__(
         self, name: str, sha256: str, path: Path, model: Model, engine: Engine, options: ModelOptions
@@ -97,7 +98,6 @@ class ServedModel:
         self.path = path
         self.adapters = Adapters(engine, path, options.adapters)
         self.adaptation = PLAIN
-        self._adapter = ""  # its name, without a version
         self._lease: Lease | None = None
         self.engine = engine
         self.options = options
@@ -139,11 +139,10 @@ class ServedModel:
 
         Raises ModelFileError, EngineError, or TemplateError for a template that does not compile.
         """
-        identity = sha256 or file_identity(path)
         with contextlib.ExitStack() as undo:
             model = Model(path, progress=progress)
             undo.callback(model.close)
-            engine = _engine(model, path, sha256, identity, options)
+            engine = start_engine(model, path, sha256, options)
             undo.callback(engine.close)
             served = cls(name, sha256, path, model, engine, options)
             if served.learning is not None:
@@ -159,7 +158,7 @@ class ServedModel:
         """
         view = copy.copy(self)
         view.info = msgspec.structs.replace(self.info, name=f"{self.info.name}:{adapter}")
-        view._adapter = adapter.partition("@")[0]
+        view.adapter = adapter.partition("@")[0]
         if digest is not None:
             view._lease = await self.adapters.lease(digest, file)
             view.adaptation = Adaptation(digest, 1.0)
@@ -306,6 +305,7 @@ class ServedModel:
                 param="adapter_scale",
             )
         adaptation = self.adaptation.scaled(options.adapter_scale)
+        life = self.life if adaptation == self.adaptation else None
         sequences = []
         for number, constraint in enumerate(constraints):
             own = options
@@ -320,13 +320,19 @@ class ServedModel:
                     owner=owner,
                     adaptation=adaptation,
                     kept=kept,
+                    scored=life is not None,
                 )
             )
         self.engine.submit(*sequences)
-        self.metrics.asked(self._adapter, len(sequences))
+        self.metrics.asked(self.adapter, len(sequences))
         return [
             Generation(
-                sequence, sequence.mailbox, self.engine.cancel, reader() if reader else None, keep=self._lease
+                sequence,
+                sequence.mailbox,
+                self.engine.cancel,
+                reader() if reader else None,
+                keep=self._lease,
+                life=life,
             )
             for sequence in sequences
         ]
@@ -342,56 +348,3 @@ class ServedModel:
 
     async def _prepare(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._preparing, work)
-
-
-def _engine(model: Model, path: Path, sha256: str, identity: str, options: ModelOptions) -> Engine:
-    """A running engine over a model; closes what it has begun when it cannot be made."""
-    size = ContextSize(
-        context=min(options.context or model.context_train, model.context_train or 1 << 20),
-        slots=options.slots,
-        threads=options.threads,
-        batch=max(options.batch, options.slots),
-        outputs=options.outputs,
-        kv=options.kv_type,
-    )
-    context = Context(model, size)
-    try:
-        speculation = build(
-            model,
-            context,
-            options.speculation,
-            path=path,
-            sha256=sha256,
-            identity=identity,
-            threads=options.threads,
-        )
-    except BaseException:
-        context.close()
-        raise
-    spill = _spill_stores(model, context, identity, options)
-    if spill is not None:
-        spill.of(PLAIN).wait_ready(INDEX_S)
-    return Engine(
-        model,
-        context,
-        queue_limit=options.queue,
-        spill=spill,
-        speculation=speculation,
-        share=options.chunk,
-    )
-
-
-def _spill_stores(model: Model, context: Context, identity: str, options: ModelOptions) -> SpillStores | None:
-    """The prefix cache of this model on disk; None when it is off."""
-    if options.spill_folder is None or not options.spill_limit:
-        return None
-    key = CacheKey(
-        model_sha256=identity,
-        adapter_sha256="",
-        adapter_scale=0.0,
-        template_sha256=hashlib.sha256((model.chat_template() or "").encode()).hexdigest(),
-        kv_type=context.kv_type,
-        library_version=native_version(),
-        context_layout=context.layout,
-    )
-    return SpillStores(options.spill_folder, options.spill_limit, key)

@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from lichen.adapters.registry import NAME, STANDING, Registry
-from lichen.adapters.versions import Standing
+from lichen.adapters.versions import BASE, Standing
 from lichen.errors import AdapterError, LichenError, NotFound
 from lichen.runtime.pool import ModelPool
 from lichen.runtime.resident import Candidate, ModelStatus
 
 if TYPE_CHECKING:
+    from lichen.runtime.lives import Lives
     from lichen.runtime.served_model import ServedModel
 
 Stamp = tuple[int, int, int]
@@ -37,8 +38,10 @@ Stamp = tuple[int, int, int]
 class Catalogue:
     """What serves under the names of a registry, read again only when it has changed. Thread-safe."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, lives: Lives | None = None) -> None:
+        """lives: count what is answered under a name."""
         self.registry = registry
+        self._lives = lives
         self._known: dict[str, tuple[Stamp, Standing]] = {}
         self._hashes: dict[tuple[Path, Stamp], str] = {}
 
@@ -78,7 +81,12 @@ class Catalogue:
                 hint=f"Choose one: lichen adapters promote {name}",
                 param="model",
             )
-        return await model.adapted(adapter, digest, self.registry.place(name, digest or ""))
+        view = await model.adapted(adapter, digest, self.registry.place(name, digest or ""))
+        if (
+            self._lives is not None and not version
+        ):  # who asks for a version tries it, and does not live with it
+            view.life = self._lives.told(name, digest or BASE)
+        return view
 
     def sha256(self, path: Path, known: str = "") -> str:
         """The hash of a model's file, worked out once where it is not known. Blocks."""

@@ -15,9 +15,11 @@ from lichen.errors import NotFound, RequestError
 if TYPE_CHECKING:
     from lichen.adapters.registry import Registry
     from lichen.adapters.versions import Standing, Version
+    from lichen.runtime.lives import Life
 
 EMPTY = "There are no adapters yet; docs/guides/adapters.md says where they come from."
 SHOWN = 12  # digits of a digest
+STEPS = {"half": "half of the steps", "end": "all steps"}
 BAR = 32  # letters of the longest bar
 
 adapters = typer.Typer(
@@ -79,14 +81,17 @@ def list_adapters(context: typer.Context, as_json: AsJson = False) -> None:
 
 @adapters.command()
 def show(context: typer.Context, name: Name, as_json: AsJson = False) -> None:
-    """Show the versions of an adapter: where they come from, what they were measured to do."""
+    """Show the versions of an adapter: where they come from, what they were measured to do, how they did."""
     import msgspec
+
+    from lichen.adapters.versions import BASE
 
     registry = _registry(context)
     standing, versions = registry.standing(name), registry.versions(name)
     notes = {version.digest: registry.notes(name, version.digest) for version in versions}
+    lives = _lives(context, registry, name)
     if as_json:
-        whole = {"standing": standing, "versions": versions, "notes": notes}
+        whole = {"standing": standing, "versions": versions, "notes": notes, "lives": lives}
         typer.echo(json.dumps(msgspec.to_builtins(whole), indent=2))
         return
     table(
@@ -110,11 +115,54 @@ def show(context: typer.Context, name: Name, as_json: AsJson = False) -> None:
         for note in notes[version.digest]:
             if note.kind == "gate" and "decision" in note.values:
                 typer.echo("\n".join(gate_picture(note.values)))
+        if version.digest in lives:
+            typer.echo(f"{_short(version.digest)}  {life_words(lives[version.digest])}")
+    if BASE in lives:
+        typer.echo(f"the model alone  {life_words(lives[BASE])}")
+
+
+def _lives(context: typer.Context, registry: Registry, name: str) -> dict[str, Life]:
+    """What was lived with each version that answered, by digest, with what people said of its answers."""
+    from contextlib import closing
+
+    import msgspec
+
+    from lichen.adapters.journal import Journal
+    from lichen.adapters.versions import BASE
+    from lichen.runtime.lives import Life, Lives
+
+    lives = Lives(registry.folder).of(name)
+    config = config_of(context)
+    path = config.home / "learning" / "journal.db"
+    if path.exists():
+        with closing(Journal.open(path, limit=config.journal_limit)) as journal:
+            for digest in {BASE, *(version.digest for version in registry.versions(name))}:
+                up, down = journal.ratings(name, digest)
+                if up or down or digest in lives:
+                    life = lives.get(digest, Life())
+                    lives[digest] = msgspec.structs.replace(
+                        life, lived=msgspec.structs.replace(life.lived, up=up, down=down)
+                    )
+    return lives
+
+
+def life_words(life: Life) -> str:
+    """What was lived, on one line: loss in nats a token, as the model itself expected what it said."""
+    lived = life.lived
+    words = [f"{life.answers:,} answers", f"{life.tokens:,} tokens"]
+    if lived.answers:
+        words.append(f"loss {lived.loss / lived.answers:.3f}")
+    if lived.drafted:
+        words.append(f"{lived.accepted / lived.drafted:.0%} of drafts right")
+    if lived.up or lived.down:
+        words.append(f"{lived.up:,} liked, {lived.down:,} disliked")
+    when = f"  {_when(life.until)}" if life.answers else ""
+    return f"lived{when}: {', '.join(words)}"
 
 
 def gate_picture(verdict: dict[str, Any]) -> list[str]:
     """What a gate (`gate.Verdict`) measured before and after, a bar each, and what stood in the way."""
-    (judged,) = verdict["candidates"]
+    judged = _kept(verdict)
     before, after = verdict["before"], judged["numbers"]
     rows = [
         ("loss on the lesson", before["loss"], after["loss"]),
@@ -134,7 +182,19 @@ def gate_picture(verdict: dict[str, Any]) -> list[str]:
                 lines.append(
                     f"  {label:24} {when:6} {value:8.3f} {'█' * round(BAR * value / largest)}".rstrip()
                 )
+    others = [one for one in verdict["candidates"] if one is not judged]
+    for other in others:
+        loss = other["numbers"]["loss"]
+        shown = "no number" if loss is None else f"{loss:.3f}"
+        lines.append(f"  loss on the lesson after {STEPS[other['checkpoint']]}, which was not kept: {shown}")
     return lines + [f"  {fault}" for fault in judged["faults"]]
+
+
+def _kept(verdict: dict[str, Any]) -> dict[str, Any]:
+    """The candidate that a verdict is about, as `gate.Verdict.kept`; older verdicts have one."""
+    candidates: list[dict[str, Any]] = verdict["candidates"]
+    chosen = [one for one in candidates if one["name"] == verdict["chosen"]]
+    return (chosen or [one for one in candidates if one.get("checkpoint", "end") == "end"])[0]
 
 
 def _facts(version: Version, notes: list[Any]) -> list[tuple[str, str, str]]:

@@ -64,7 +64,7 @@ def show(
     plot: Annotated[bool, typer.Option("--plot", help="Draw the loss of all steps.")] = False,
 ) -> None:
     """One job: its state, its numbers, and what came of it."""
-    from lichen.adapters.events import Measured, Stepped
+    from lichen.adapters.events import Measured, Settled, Stepped
     from lichen.runtime.http.fine_tuning_schema import message_of
 
     store = _store(context)
@@ -76,7 +76,7 @@ def show(
         typer.echo(f"version {found.outcome.digest[:12]}: lichen adapters show {found.outcome.adapter}")
     events = _events(store, found)
     for event in events:
-        if isinstance(event, Measured):
+        if isinstance(event, Measured | Settled):
             typer.echo(message_of(event))
     losses = [event.loss for event in events if isinstance(event, Stepped)]
     if plot and losses:

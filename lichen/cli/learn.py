@@ -15,6 +15,7 @@ from lichen.errors import LessonError, RequestError
 
 if TYPE_CHECKING:
     from lichen.adapters.events import Event, Finished, Measured
+    from lichen.adapters.gate import Verdict
     from lichen.adapters.launch import Training
     from lichen.adapters.lessons import Report
     from lichen.adapters.task import Examples
@@ -87,7 +88,7 @@ def learn(
         typer.echo("Stopped; the same command goes on from the last step.", err=True)
         raise typer.Exit(130)
     _result(events)
-    _settle(config, _registered(config, name, path, Path(events[1].folder)), path, examples, promote=promote)
+    _keep(config, name, path, Path(events[1].folder), examples, promote=promote)
 
 
 def _surveyed(file: Path, validation: Path | None) -> Report:
@@ -226,24 +227,25 @@ def _result(events: tuple[list[Measured], Finished]) -> None:
     typer.echo(f"{finished.seconds:.0f} s, at most {megabytes(finished.memory)} of memory.")
 
 
-def _registered(config: Config, name: str, model: Path, place: Path) -> Version:
-    """Put what was trained into the registry."""
+def _keep(config: Config, name: str, model: Path, place: Path, examples: Examples, *, promote: bool) -> None:
+    """Put what was trained into the registry; the gate decides what stays there, and whether it serves."""
     import shutil
 
-    from lichen.adapters.lineage import ADAPTER, lineage_of
+    from lichen.adapters.lineage import enter
     from lichen.adapters.registry import Registry
 
     registry = Registry(config.home / "adapters", limit=config.adapters_limit)
-    lineage = lineage_of(place, base_name=config.model)
-    version = registry.add(name, place / ADAPTER, lineage, model=model)
+    version, half = enter(registry, name, place, model, base_name=config.model)
     shutil.rmtree(place, ignore_errors=True)  # the registry has it
-    typer.echo(f"{name} has the version {version.digest[:12]} now.", err=True)
-    typer.echo(str(registry.place(name, version.digest).parent))
-    return version
+    kept = _settle(config, version, half, model, examples, promote=promote)
+    typer.echo(f"{name} has the version {kept[:12]} now.", err=True)
+    typer.echo(str(registry.place(name, kept).parent))
 
 
-def _settle(config: Config, version: Version, model: Path, examples: Examples, *, promote: bool) -> None:
-    """Let the gate decide, and say what it found."""
+def _settle(
+    config: Config, version: Version, half: Version | None, model: Path, examples: Examples, *, promote: bool
+) -> str:
+    """Let the gate decide, and say what it found; the digest of what stays in the registry."""
     from lichen.adapters.gate import Limits
     from lichen.adapters.registry import Registry
     from lichen.api import model_options
@@ -252,7 +254,7 @@ def _settle(config: Config, version: Version, model: Path, examples: Examples, *
     from lichen.runtime.gating import settle
 
     registry = Registry(config.home / "adapters", limit=config.adapters_limit)
-    by_hand = f"Let it serve all the same: lichen adapters promote {version.name} {version.digest[:12]}"
+    by_hand = f"Let it serve all the same: lichen adapters promote {version.name}"
     try:
         with Stages() as stages:
             verdict = settle(
@@ -264,18 +266,30 @@ def _settle(config: Config, version: Version, model: Path, examples: Examples, *
                 threads=model_options(config).threads,
                 progress=stages,
                 promote=promote,
+                half=half,
             )
     except GateError as error:
         typer.echo(f"It does not serve: {error}", err=True)
-        typer.echo(by_hand, err=True)
-        return
-    (judged,) = verdict.candidates
-    for fault in judged.faults:
+        typer.echo(f"{by_hand} {version.digest[:12]}", err=True)
+        return version.digest
+    kept = verdict.kept
+    if len(verdict.candidates) > 1:
+        typer.echo(_compared(verdict), err=True)
+    for fault in kept.faults:
         typer.echo(f"It does not serve: {fault}", err=True)
-    if judged.faults or not promote:
-        typer.echo(by_hand, err=True)
+    if kept.faults or not promote:
+        typer.echo(f"{by_hand} {kept.name[:12]}", err=True)
     else:
         typer.echo(f"It serves now as {config.model}:{version.name}.", err=True)
+    return kept.name
+
+
+def _compared(verdict: Verdict) -> str:
+    """Which of a training's adapters is kept."""
+    losses = {one.checkpoint: _number(one.numbers.loss) for one in verdict.candidates}
+    when = "half of the steps" if verdict.kept.checkpoint == "half" else "all steps"
+    both = f"held-out loss {losses['half']} after half, {losses['end']} after all"
+    return f"The adapter after {when} is kept: {both}."
 
 
 def _number(value: float | None) -> str:

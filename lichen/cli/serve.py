@@ -100,6 +100,7 @@ def serve(
     journal_limit: Annotated[Text, typer.Option(help="Bytes on disk for kept answers.")] = None,
     files_limit: Annotated[Text, typer.Option(help="Bytes on disk for uploaded files.")] = None,
     adapters_limit: Annotated[Text, typer.Option(help="Bytes on disk for versions of adapters.")] = None,
+    auto_rollback: Annotated[bool | None, typer.Option(help="Undo a version that does worse.")] = None,
     auto_learn: Annotated[bool | None, typer.Option("--auto-learn", help="Learn from feedback.")] = None,
     auto_learn_after: Annotated[Number, typer.Option(help="New lessons before it does.")] = None,
     auto_learn_idle: Annotated[Decimal, typer.Option(help="Minutes without a request before.")] = None,
@@ -187,6 +188,7 @@ def _daemon_options(config: Config) -> DaemonOptions:
         files_limit=config.files_limit,
         adapters_folder=config.home / "adapters",
         initiative=_initiative(config),
+        auto_rollback=config.auto_rollback,
         gate=Limits(gain=config.gate_gain, general=config.gate_general, earlier=config.gate_earlier),
     )
 

@@ -10,7 +10,6 @@ import asyncio
 import ipaddress
 import logging
 import os
-import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -44,11 +43,14 @@ from lichen.runtime.http.ollama import OllamaRoutes
 from lichen.runtime.http.ollama_models import OllamaModels
 from lichen.runtime.http.open_files import raise_limit
 from lichen.runtime.http.openai import OpenAIRoutes, json_response
+from lichen.runtime.http.stops import signals
 from lichen.runtime.http.tls import server_context
 from lichen.runtime.http.tokens import TokenRoutes
 from lichen.runtime.initiative import Options as InitiativeOptions
+from lichen.runtime.lives import Lives
 from lichen.runtime.metrics import ProcessMetrics
 from lichen.runtime.pool import ModelPool
+from lichen.runtime.probation import Probation
 from lichen.runtime.served_model import ServedModel
 from lichen.runtime.variants import Catalogue, Variants
 from lichen.sync.store import Store
@@ -61,7 +63,8 @@ class DaemonOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     rate_limit: requests a minute and client, 0 for no limit; a request_timeout of 0 is no limit either.
     journal: what is kept of answers, under learning_folder; its limits in bytes. adapters_folder: of the
-    registry whose adapters are served; None for none. initiative: whether it learns by itself.
+    registry whose adapters are served; None for none. initiative: whether it learns by itself. auto_rollback:
+    whether a version with which a bad turn came goes back by itself.
     """
 
     host: str = "127.0.0.1"
@@ -87,6 +90,7 @@ class DaemonOptions(msgspec.Struct, frozen=True, kw_only=True):
     adapters_folder: Path | None = None
     gate: Limits = Limits()
     initiative: InitiativeOptions = InitiativeOptions()
+    auto_rollback: bool = True
 
     def check(self) -> None:
         """Raise ConfigError rather than listen to a network without a key, or with keys nobody can read."""
@@ -109,7 +113,8 @@ class Daemon:
         self.pool = pool
         folder = options.adapters_folder
         self.registry = None if folder is None else Registry(folder)
-        self.models = Variants(pool, None if self.registry is None else Catalogue(self.registry))
+        lives = None if folder is None else Lives(folder)
+        self.models = Variants(pool, None if self.registry is None else Catalogue(self.registry, lives))
         self._store = store
         self.state: Literal["loading", "ok", "draining", "failed"] = "loading"
         self.url = ""
@@ -129,6 +134,9 @@ class Daemon:
                 self.learning = DaemonLearning(
                     pool, jobs, self._files, self.registry, self.journal, options.gate, options.initiative
                 )
+        self._probation: Probation | None = None
+        if self.registry is not None and lives is not None:
+            self._probation = Probation(self.registry, lives, self.journal, auto=options.auto_rollback)
         self._tls = server_context(options.tls_cert, options.tls_key)
         self._guard = Guard(
             hosts=(options.host, *options.allowed_hosts),
@@ -257,17 +265,15 @@ class Daemon:
         await runner.setup()
         assert runner.server is not None, "setup() makes the server"
         watch = asyncio.ensure_future(cut_stalled(runner.server, self.options.write_timeout))
-        learning = None
-        if self.learning is not None:
-            learning = asyncio.ensure_future(self.learning.run())
+        tasks = [asyncio.ensure_future(one.run()) for one in (self.learning, self._probation) if one]
         try:
             await self._open(runner)
             yield
         finally:
             watch.cancel()
-            if learning is not None:
-                learning.cancel()
-                await asyncio.wait([learning])
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             await runner.cleanup()
             if self.journal is not None:
                 await self.journal.close()
@@ -314,7 +320,7 @@ async def serve(
         daemon = Daemon(options, pool, store)
         async with daemon.listening():
             on_event(f"Listening on {daemon.url}")
-            stop = _signals(on_event)
+            stop = signals(on_event)
             load = asyncio.ensure_future(daemon.load(first))
             stopped = asyncio.ensure_future(stop.wait_first())
             await asyncio.wait({load, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -336,38 +342,6 @@ async def serve(
 def _announce(pool: ModelPool, on_event: Callable[[str], None]) -> None:
     for status in pool.loaded():
         on_event(f"Ready: {status.name}" + (f" ({status.note})" if status.note else ""))
-
-
-class _Stops:
-    """The signals that ask a daemon to stop, counted."""
-
-    def __init__(self) -> None:
-        self._first = asyncio.Event()
-        self._second = asyncio.Event()
-
-    def ask(self, *, again_is_now: bool) -> None:
-        if again_is_now and self._first.is_set():
-            self._second.set()
-        self._first.set()
-
-    async def wait_first(self) -> None:
-        await self._first.wait()
-
-    async def wait_second(self) -> None:
-        await self._second.wait()
-
-
-def _signals(on_event: Callable[[str], None]) -> _Stops:
-    stops = _Stops()
-    loop = asyncio.get_running_loop()
-
-    def interrupt() -> None:
-        stops.ask(again_is_now=True)
-        on_event("Finishing the running answers; press Ctrl-C again to stop now.")
-
-    loop.add_signal_handler(signal.SIGTERM, lambda: stops.ask(again_is_now=False))
-    loop.add_signal_handler(signal.SIGINT, interrupt)
-    return stops
 
 
 def _is_loopback(host: str) -> bool:

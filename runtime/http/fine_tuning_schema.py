@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from lichen.adapters.events import Event, Failed, Finished, Measured, Saved, Started, Stepped, Told
+from lichen.adapters.events import Event, Failed, Finished, Measured, Saved, Settled, Started, Stepped, Told
 from lichen.adapters.jobs import Hyperparameters, Job, Status
 from lichen.errors import RequestError, UnsupportedField
 
@@ -282,8 +282,21 @@ def message_of(event: Event) -> str:
             return error
         case Finished(seconds=seconds):
             return f"The training has ended after {seconds:.0f} s."
+        case Settled():
+            return settled_words(event)
         case _:
             return "The training stopped; it can go on."
+
+
+def settled_words(settled: Settled) -> str:
+    """What the gate decided, in sentences."""
+    words = []
+    if len(settled.losses) > 1:
+        half, end = (_number(settled.losses.get(checkpoint)) for checkpoint in ("half", "end"))
+        when = "half of the steps" if settled.checkpoint == "half" else "all steps"
+        words.append(f"The adapter after {when} is kept: held-out loss {half} after half, {end} after all.")
+    words += [f"It does not serve: {fault}" for fault in settled.faults] or ["It serves now."]
+    return " ".join(words)
 
 
 def _number(value: float | None) -> str:

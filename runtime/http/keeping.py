@@ -19,11 +19,12 @@ from aiohttp import web
 from lichen.adapters.records import NOBODY, Kept
 from lichen.adapters.thread import JournalThread
 from lichen.errors import JournalBusy, UnsupportedField
+from lichen.runtime.adaptation import Adaptation
 from lichen.runtime.http.answers import KeepAnswers
 from lichen.runtime.http.log_format import EXCHANGE
 from lichen.runtime.http.schema import ChatBody, CompletionBody, FunctionSpec
 from lichen.runtime.metrics import ProcessMetrics
-from lichen.runtime.served_model import ModelInfo
+from lichen.runtime.served_model import ServedModel
 
 log = logging.getLogger("lichen.journal")
 
@@ -79,12 +80,18 @@ class Keeping:
             )
         return []
 
-    def keeper(self, request: web.Request, kept: Requests, info: ModelInfo) -> KeepAnswers | None:
-        """Who takes the answers of `request` once they are complete; None where nobody does."""
+    def keeper(
+        self, request: web.Request, kept: Requests, model: ServedModel, adaptation: Adaptation
+    ) -> KeepAnswers | None:
+        """Who takes the answers of `request` once they are complete; None where nobody does.
+
+        adaptation: what they are computed with.
+        """
         journal, owner = self._journal, asker()
         if not kept or journal is None:
             return None
-        size = request.content_length or 0
+        size, info, adapter = request.content_length or 0, model.info, model.adapter
+        as_it_is = adaptation == model.adaptation
 
         def keep(response: str, answers: list[dict[str, Any]]) -> None:
             each = math.ceil(len(answers) / len(kept))
@@ -98,6 +105,8 @@ class Keeping:
                     answer=answer,
                     model=info.name,
                     model_sha256=info.sha256,
+                    adapter=adapter if as_it_is else None,
+                    adapter_sha256=adaptation.digest if as_it_is else None,
                 )
                 for choice, answer in enumerate(answers)
             ]

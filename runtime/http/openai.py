@@ -70,7 +70,7 @@ class OpenAIRoutes:
             generations = await model.chat(
                 messages, body.sampling(), body.form(), count=body.n, owner=owner(), kept=bool(kept)
             )
-            keep = self._keeping.keeper(request, kept, model.info)
+            keep = self._keeping.keeper(request, kept, model, generations[0].sequence.adaptation)
             return await _answer(request, body, model, generations, CHAT, keep=keep)
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
@@ -88,7 +88,7 @@ class OpenAIRoutes:
             except BaseException:
                 _close(generations)
                 raise
-            keep = self._keeping.keeper(request, kept, model.info)
+            keep = self._keeping.keeper(request, kept, model, generations[0].sequence.adaptation)
             return await _answer(request, body, model, generations, TEXT, prompts=len(prompts), keep=keep)
 
     async def embeddings(self, request: web.Request) -> web.Response:

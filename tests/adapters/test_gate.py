@@ -113,6 +113,26 @@ def test_the_best_of_those_without_a_fault_is_chosen() -> None:
     assert decided({}).decision == "reject"
 
 
+def test_of_one_training_the_better_checkpoint_is_kept_and_named() -> None:
+    def judged(end: Loss) -> Verdict:
+        engine = Known({None: base, "half": learned, "end": end})
+        measured = {name: measure(engine, TRIAL, Path(name)) for name in ("end", "half")}
+        return judge(measure(engine, TRIAL, None), measured, LIMITS, {"half": "half"})
+
+    overfit = judged(lambda example: learned(example) * (1 if is_general(example) else 1.3))
+    assert (overfit.decision, overfit.chosen, overfit.kept.checkpoint) == ("promote", "half", "half")
+    assert [one.checkpoint for one in overfit.candidates] == ["end", "half"]
+    better = judged(lambda example: learned(example) * (1 if is_general(example) else 0.7))
+    assert (better.chosen, better.kept.checkpoint) == ("end", "end")
+    forgetful = judged(lambda example: learned(example, general=4.0) * 0.5)
+    assert forgetful.chosen == "half", "a fault of one is none of the other"
+    stored = msgspec.json.encode(forgetful)
+    assert msgspec.json.decode(stored, type=Verdict) == forgetful
+    old = msgspec.to_builtins(decided({"one": learned}))
+    del old["candidates"][0]["checkpoint"]  # of an older lichen
+    assert msgspec.convert(old, Verdict).kept.checkpoint == "end"
+
+
 def test_what_forgets_is_rejected() -> None:
     assert "general answers rises by 2.0%" in faults(lambda example: learned(example, general=1.02))
     assert not faults(lambda example: learned(example, general=1.005))

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from lichen.adapters.journal import Journal
-from lichen.adapters.records import NOBODY, Kept, Opinion
+from lichen.adapters.records import NOBODY, Kept, Opinion, Rating
 from lichen.adapters.schema import MIGRATIONS, migrate
 from lichen.adapters.sqlite_errors import put_aside
 from lichen.errors import (
@@ -310,6 +310,45 @@ def test_processes_that_write_at_the_same_time_lose_nothing(path: Path) -> None:
         assert journal.count() == (120, 0)
 
 
+# Ratings of a version
+
+
+def test_ratings_are_counted_of_what_answered(path: Path) -> None:
+    given: list[tuple[str | None, str | None, str, Rating | None]] = [
+        ("mine", "v1", "m", "up"),
+        ("mine", "v1", "m", "up"),
+        ("mine", "v1", "other", "up"),
+        ("mine", "v1", "m", None),
+        ("mine", "v2", "m", "down"),
+        ("yours", "v1", "m", "down"),
+        ("", "", "m", "down"),
+        ("mine", "", "", "up"),  # after a rollback, by a model that nobody has hashed
+        (None, None, "m", "down"),  # what an app said, and what came before lichen kept this
+    ]
+    with open_journal(path) as journal:
+        with journal.writing():
+            for number, (adapter, digest, model, rating) in enumerate(given):
+                about: dict[str, Any] = {"adapter": adapter, "adapter_sha256": digest, "model_sha256": model}
+                journal.keep(kept(response=str(number), **about))
+                if rating is not None:
+                    journal.rate("", str(number), 0, Opinion(rating=rating))
+        assert journal.ratings("mine", "v1") == (3, 0)
+        assert journal.ratings("mine", "v1", model="m") == (2, 0)
+        assert journal.ratings("mine", "v2") == (0, 1)
+        assert journal.ratings(None, "", model="m") == (1, 1)
+        with journal.writing():
+            journal.rate("", "0", 0, Opinion(rating="down"))
+            journal.forget(["1"])
+        assert journal.ratings("mine", "v1", model="m") == (0, 1), "what is said last counts"
+        record = journal.get(journal.entries()[-2].id)
+        assert (record.adapter, record.adapter_sha256) == ("mine", "v1")
+        plan = journal._run(
+            "EXPLAIN QUERY PLAN SELECT sum(rating = 1) FROM records WHERE adapter_sha256 = 'v1' "
+            "AND rating IS NOT NULL AND adapter = 'mine'"
+        ).fetchall()
+        assert "COVERING INDEX rated_adapters" in str(plan), "no text is walked through"
+
+
 # Older files
 
 
@@ -327,6 +366,9 @@ def test_a_journal_of_every_version_still_opens(path: Path, version: int) -> Non
         rated, unrated = sorted(journal.records(), key=lambda record: record.response)
         assert (rated.rating, rated.correction, rated.tags) == ("down", "A plant.", ("fact", "botany"))
         assert rated.request["messages"][0]["content"] == "What is moss?"
+        assert (rated.adapter, rated.adapter_sha256) == (
+            (None, None) if version == 1 else ("botany", "ab" * 32)
+        )
         assert (unrated.kind, unrated.rating, unrated.answer) == ("text", None, {"text": " 3"})
         assert [taint.adapter for taint in journal.tainted()] == ["sha-of-an-adapter"]
         with journal.writing():

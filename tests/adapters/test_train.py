@@ -16,6 +16,7 @@ import torch
 from lichen.adapters import checkpoint
 from lichen.adapters.course import Course, rate_at
 from lichen.adapters.events import (
+    Event,
     EventLog,
     EventReader,
     Failed,
@@ -28,7 +29,9 @@ from lichen.adapters.events import (
 )
 from lichen.adapters.frozen import FrozenStates
 from lichen.adapters.launch import CHECKPOINT, EVENTS, STOPPED, Training, prepare
+from lichen.adapters.lineage import ADAPTER, MANIFEST, MIDDLE, candidates, lineage_of
 from lichen.adapters.lora import without_adapters
+from lichen.adapters.lora_file import write_adapter
 from lichen.adapters.task import Example, Examples, LoRAOptions, Manifest, Task
 from lichen.adapters.train import Trainer
 from lichen.adapters.trainer import Run
@@ -36,6 +39,7 @@ from lichen.errors import TrainingError
 from lichen.models.load import load_model
 from lichen.models.packing import pack
 from lichen.quant.formats import GGMLType
+from tests.adapters.made_adapters import sha256
 from tests.models.tiny_models import VOCABULARY, write_tiny
 
 
@@ -197,7 +201,7 @@ def test_resumed_equals_uninterrupted(objective: str, model_file: Path, tmp_path
 
 
 def run(folder: Path, task: Task, *, kills: int = 0, seed: int = 0) -> tuple[bytes, int]:
-    """Train in processes, killed some times at random moments; the adapter's bytes, and steps redone."""
+    """Train in processes, killed some times at random moments; bytes of both adapters, and steps redone."""
     prepare(folder, task, EXAMPLES)
     source = random.Random(seed)
     left, told = kills, 0
@@ -218,7 +222,7 @@ def run(folder: Path, task: Task, *, kills: int = 0, seed: int = 0) -> tuple[byt
                     made = Path(event.folder)
         except TrainingError as error:
             assert "SIGKILL" in str(error)
-    return (made / "adapter.gguf").read_bytes(), told
+    return (made / ADAPTER).read_bytes() + (made / MIDDLE).read_bytes(), told
 
 
 @pytest.mark.slow
@@ -270,6 +274,56 @@ def test_a_finished_training_says_what_it_made(model_file: Path, tmp_path: Path)
     assert manifest.pruned is not None
     assert manifest.pruned["bytes_after"] < manifest.pruned["bytes_before"]
     assert 1 <= manifest.steps <= 10
+
+
+def in_process(folder: Path, task: Task, *stops: int) -> Path:
+    """Train here, and stop and go on after these steps; the result."""
+    prepare(folder, task, EXAMPLES)
+    for stop in (*stops, None):
+        tell = EventLog(folder / EVENTS)
+        run = Run(folder, tell)
+
+        def told_to(event: Event, run: Run = run, tell: EventLog = tell, stop: int | None = stop) -> None:
+            tell(event)
+            if isinstance(event, Stepped) and event.step == stop:
+                run.stop(0, None)
+
+        run.tell = told_to  # type: ignore[assignment]
+        assert run() == (0 if stop is None else STOPPED)
+        tell.close()
+    (made,) = (folder / "out").iterdir()
+    return made
+
+
+def test_the_adapter_of_half_of_the_steps_lies_beside(model_file: Path, tmp_path: Path) -> None:
+    """The same bits wherever the training was interrupted, and what a training of half as many steps has."""
+    task = task_of(model_file, tmp_path, batch=4, epochs=1)
+    found = []
+    for number, stops in enumerate([(), (4,), (5,), (6,), (3, 5, 7)]):
+        folder = tmp_path / str(number)
+        made = in_process(folder, msgspec.structs.replace(task, output=str(folder / "out")), *stops)
+        assert not list(folder.glob(f"*{MIDDLE}*")), "nothing is left of it"
+        found.append([(made / name).read_bytes() for name in (ADAPTER, MIDDLE)])
+        assert msgspec.json.decode((made / MANIFEST).read_bytes(), type=Manifest).middle == 5
+    assert all(one == found[0] for one in found) and found[0][0] != found[0][1]
+    half = Trainer(load_model(model_file), task, EXAMPLES, tmp_path)
+    for _ in range(half.steps // 2):
+        half.advance()
+    write_adapter(half.model, tmp_path / "h.gguf", task.lora, name="test", base=sha256(model_file))
+    assert (tmp_path / "h.gguf").read_bytes() == found[0][1]
+    assert candidates(tmp_path) == {"end": tmp_path / ADAPTER}, "an older training has no other"
+    assert list(candidates(made)) == ["half", "end"]
+    assert "after" not in lineage_of(made, "half").scores and lineage_of(made, "half").options["taken"] == 5
+
+
+def test_what_is_pruned_in_the_end_and_a_single_step_have_no_half(model_file: Path, tmp_path: Path) -> None:
+    for number, changes in enumerate([{"prune": 0.5}, {"batch": 40}]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / MIDDLE).write_bytes(b"of another training")
+        task = task_of(model_file, folder, epochs=1, **changes)
+        made = in_process(folder, task)
+        assert {path.name for path in made.iterdir()} == {ADAPTER, MANIFEST}
 
 
 def test_failures_are_sentences(model_file: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lichen.adapters.watch import Bounds, Lived, watch
+from lichen.adapters.watch import FEWEST_RATED, Bounds, Lived, watch
 
 BOUNDS = Bounds()
 COUNTS = st.integers(0, 10_000)
@@ -43,10 +43,24 @@ def test_a_bad_turn_goes_back(before: Lived, now: Lived, words: str) -> None:
         (lived(1, up=9, down=1), lived(1, seed=1, up=0, down=1)),  # one angry click proves nothing
         (lived(1, up=90, down=10), lived(1.05, seed=1, up=88, down=12)),
         (lived(1, count=3), lived(2, count=3, seed=1, spread=2)),
+        (Lived(up=500), Lived(down=FEWEST_RATED - 1)),  # one person's mood
     ],
 )
 def test_chance_and_little_change_stay(before: Lived, now: Lived) -> None:
     assert watch(before, now, BOUNDS).decision == "stay"
+
+
+def test_five_ratings_are_enough_where_all_of_them_changed_sides() -> None:
+    turn = watch(Lived(up=5), Lived(down=FEWEST_RATED), BOUNDS)
+    assert turn.decision == "back" and "rated down" in turn.reasons[0]
+    assert watch(Lived(up=3, down=2), Lived(up=1, down=4), BOUNDS).decision == "stay"
+
+
+def test_two_times_add_up() -> None:
+    one, other = lived(1, seed=1, up=3, drafted=9), lived(2, seed=2, down=4, accepted=5)
+    whole = one + other
+    assert (whole.up, whole.down, whole.drafted, whole.accepted, whole.answers) == (3, 4, 9, 5, 400)
+    assert whole.loss == one.loss + other.loss and whole.squares == one.squares + other.squares
 
 
 @given(up=COUNTS, down=COUNTS, factor=st.integers(1, 50))

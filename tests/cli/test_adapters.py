@@ -7,17 +7,25 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from typer.testing import CliRunner
 
 from lichen.adapters.journal import Journal
-from lichen.adapters.records import Kept
+from lichen.adapters.records import Kept, Opinion
 from lichen.adapters.registry import Registry
 from lichen.adapters.versions import Note
+from lichen.adapters.watch import Lived
 from lichen.cli import app
+from lichen.durable import SealedFile
 from lichen.errors import LichenError, NotFound, RequestError
+from lichen.runtime.lives import FILE, TITLE, Life
 from tests.adapters.made_adapters import add_made, write_made
 from tests.models.tiny_models import write_tiny
+
+KEPT = Kept(
+    owner="", response="r", choice=0, kind="text", request={"prompt": "x"}, answer={"text": "y"}, model="m"
+)
 
 
 @pytest.fixture
@@ -65,6 +73,29 @@ def test_versions_are_promoted_shown_and_rolled_back(home: Path) -> None:
     assert registry.active("mine") == first
 
 
+def test_the_lives_of_versions_are_shown_and_why_one_went_back(home: Path) -> None:
+    registry = Registry(home / "adapters")
+    first, second = (version.digest for version in registry.versions("mine"))
+    for digest in (first, second):
+        registry.promote("mine", digest)
+    registry.rollback("mine", reason="Answers are rated down more often.", facts={"by": "probation"})
+    lived = Lived(answers=4, loss=5.0, squares=7.0, drafted=10, accepted=6)
+    lives = {first: Life(answers=1204, tokens=9000, until=1.7e9, lived=lived), "": Life(answers=2, tokens=3)}
+    SealedFile(home / "adapters" / "mine" / FILE, TITLE).save(msgspec.json.encode(lives))
+    with closing(Journal.open(home / "learning" / "journal.db")) as journal, journal.writing():
+        for number, digest in enumerate((second, second, first)):
+            about = {"adapter": "mine", "adapter_sha256": digest, "response": str(number)}
+            journal.keep(msgspec.structs.replace(KEPT, **about))
+            journal.rate("", str(number), 0, Opinion(rating="up" if digest == first else "down"))
+    shown = adapters(home, "show", "mine")
+    assert "1,204 answers, 9,000 tokens, loss 1.250, 60% of drafts right, 1 liked, 0 disliked" in shown
+    assert f"{second[:12]}  lived: 0 answers, 0 tokens, 0 liked, 2 disliked" in shown
+    assert "the model alone  lived" in shown
+    assert "rolled back: reason Answers are rated down more often., by probation" in shown
+    whole = json.loads(adapters(home, "show", "mine", "--json"))["lives"]
+    assert whole[first]["lived"]["up"] == 1 and whole[second]["lived"]["down"] == 2
+
+
 def test_two_versions_are_compared(home: Path) -> None:
     first, second = Registry(home / "adapters").versions("mine")
     shown = adapters(home, "diff", "mine", first.digest[:8], second.digest[:8])
@@ -103,17 +134,8 @@ def test_removing_asks_for_one_or_all(home: Path) -> None:
 def test_what_was_forgotten_taints_what_learned_from_it(home: Path) -> None:
     registry = Registry(home / "adapters")
     version = registry.versions("mine")[0]
-    kept = Kept(
-        owner="",
-        response="r",
-        choice=0,
-        kind="text",
-        request={"prompt": "x"},
-        answer={"text": "y"},
-        model="m",
-    )
     with closing(Journal.open(home / "learning" / "journal.db")) as journal, journal.writing():
-        record = journal.keep(kept)
+        record = journal.keep(KEPT)
         journal.used_in([record], version.digest)
     run(home, "feedback", "forget", record)
     assert version.digest in registry.standing("mine").tainted

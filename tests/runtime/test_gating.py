@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 
-from lichen.adapters.gate import Limits
+from lichen.adapters.gate import AnswerScore, Limits
 from lichen.adapters.registry import Registry
 from lichen.adapters.task import Example, Examples
 from lichen.adapters.versions import Version
+from lichen.cli.adapters import gate_picture
 from lichen.errors import GateError
 from lichen.runtime.gating import OUTPUTS, EngineScorer, settle
 from lichen.runtime.native import Model
 from lichen.runtime.scoring import NativeScorer
 from tests.adapters.made_adapters import add_made, write_made
+from tests.models.tiny_models import write_tiny
 
 TEXTS = [
     ("The capital of France is", " Paris."),
@@ -82,6 +85,84 @@ def test_its_own_answers_are_exact(scorer: EngineScorer, examples: list[Example]
     assert all(len(answer.answer) == 32 for answer in answers)
     again = scorer.answers([examples[0].prompt], ends=[answers[0].answer[2]])[0]
     assert again.answer == answers[0].answer[: 1 + answers[0].answer.index(answers[0].answer[2])]
+
+
+class Known:
+    """In the place of the engine: losses a token by the adapter's digest."""
+
+    losses: ClassVar[dict[str, float]] = {}
+
+    def __init__(self, model: Path, *, window: int, threads: int) -> None:
+        self.tell: Callable[[], None] = lambda: None
+
+    def score(self, examples: Sequence[Example], adapter: Path | None) -> list[AnswerScore]:
+        loss = 4.0 if adapter is None else self.losses[adapter.parent.name]
+        return [AnswerScore(loss * len(one.answer), len(one.answer), False) for one in examples]
+
+    def answers(self, prompts: Sequence[Sequence[int]], ends: Sequence[int]) -> list[Example]:
+        return []
+
+    def close(self) -> None:
+        return
+
+
+@pytest.mark.parametrize(
+    ("half", "end", "served", "kept", "serves"),
+    [
+        (1.0, 2.0, None, "half", "half"),
+        (2.0, 1.0, None, "end", "end"),
+        (5.0, 6.0, None, "end", None),  # none may serve: that of the end waits for a person
+        (3.0, 4.5, 4.0, "half", "half"),
+    ],
+)
+def test_of_one_training_only_the_better_stays(
+    half: float,
+    end: float,
+    served: float | None,
+    kept: str,
+    serves: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lichen.runtime.gating.EngineScorer", Known)
+    registry, model = Registry(tmp_path / "adapters"), write_tiny(tmp_path / "m.gguf", "llama")
+    versions = {
+        name: add_made(registry, "mine", model, seed, blocks=range(2))
+        for seed, name in enumerate(("before", "half", "end"))
+    }
+    losses = {"before": served or 9.0, "half": half, "end": end}
+    monkeypatch.setattr(Known, "losses", {versions[name].digest: loss for name, loss in losses.items()})
+    if served is not None:
+        registry.promote("mine", versions["before"].digest)
+    lesson = [Example([1], [2, 3])] * 8
+    verdict = settle(
+        registry,
+        versions["end"],
+        model,
+        Examples(train=lesson, held_out=lesson),
+        Limits(),
+        threads=1,
+        half=versions["half"],
+    )
+    assert (verdict.kept.name, verdict.kept.checkpoint) == (versions[kept].digest, kept)
+    assert registry.versions("mine") == [versions["before"], versions[kept]]
+    active = registry.active("mine")
+    assert active == (versions[serves] if serves else None)
+    note = registry.notes("mine", versions[kept].digest)[-1]
+    assert {one["checkpoint"] for one in note.values["candidates"]} == {"half", "end"}
+    assert len(gate_picture(note.values)) >= 5
+
+
+def test_with_too_little_to_measure_on_half_does_not_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lichen.runtime.gating.EngineScorer", Known)
+    registry, model = Registry(tmp_path / "adapters"), write_tiny(tmp_path / "m.gguf", "llama")
+    half, end = (add_made(registry, "mine", model, seed, blocks=range(2)) for seed in (1, 2))
+    few = Examples(train=[Example([1], [2])], held_out=[Example([1], [2])])
+    with pytest.raises(GateError):
+        settle(registry, end, model, few, Limits(), threads=1, half=half)
+    assert registry.versions("mine") == [end]
 
 
 @pytest.mark.slow

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+import shutil
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from openai.types.fine_tuning import FineTuningJob
 
 import lichen
 from lichen.adapters import launch
+from lichen.adapters.gate import AnswerScore
 from lichen.adapters.registry import Registry
+from lichen.adapters.task import Example
 from lichen.adapters.versions import Version
 from lichen.runtime import learning as learning_module
 from lichen.runtime.http.daemon import Daemon
@@ -68,6 +71,24 @@ def stand_in(result: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LICHEN_TEST_ADAPTER", str(result))
 
 
+class Halfway:
+    """In the place of the engine that scores: what was trained to its end has forgotten the most."""
+
+    def __init__(self, model: Path, *, window: int, threads: int) -> None:
+        self.tell: Callable[[], None] = lambda: None
+
+    def score(self, examples: Sequence[Example], adapter: Path | None) -> list[AnswerScore]:
+        manifest = None if adapter is None else json.loads((adapter.parent / "version.json").read_bytes())
+        loss = 4.0 if manifest is None else 1.0 if "taken" in manifest["lineage"]["options"] else 5.0
+        return [AnswerScore(loss * len(one.answer), len(one.answer), False) for one in examples]
+
+    def answers(self, prompts: Sequence[Sequence[int]], ends: Sequence[int]) -> list[Example]:
+        return []
+
+    def close(self) -> None:
+        return
+
+
 @asynccontextmanager
 async def learning(served: ServedModel, home: Path) -> AsyncIterator[tuple[Daemon, openai.AsyncOpenAI]]:
     options = {"journal": "ask", "learning_folder": home / "learning", "adapters_folder": home / "adapters"}
@@ -96,6 +117,41 @@ async def until(
 
 def status(*names: str) -> Callable[[FineTuningJob], bool]:
     return lambda job: job.status in names
+
+
+async def test_the_better_adapter_of_a_job_serves_and_its_events_say_which(
+    served: ServedModel, result: Path, model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = tmp_path / "both"
+    shutil.copytree(result, both)
+    write_made(both / "middle.gguf", model_path, 2, rank=1)
+    manifest = json.loads((both / "adapter.json").read_bytes())
+    (both / "adapter.json").write_text(json.dumps({**manifest, "middle": 1}))
+    monkeypatch.setattr(launch, "PROGRAM", "tests.adapters.stand_in_trainer")
+    monkeypatch.setattr("lichen.runtime.gating.EngineScorer", Halfway)
+    monkeypatch.setenv("LICHEN_TEST_ADAPTER", str(both))
+    many = b"".join(
+        json.dumps({"prompt": f"Q{number}", "completion": "yes"}).encode() + b"\n" for number in range(80)
+    )
+    async with learning(served, tmp_path) as (daemon, client):
+        job = await client.fine_tuning.jobs.create(
+            model="default", training_file=await uploaded(client, many), suffix="mine"
+        )
+        done = await until(client, job.id, status("succeeded", "failed"))
+        assert done.status == "succeeded" and done.model_extra is not None, done.error
+        events = (await client.fine_tuning.jobs.list_events(job.id)).data
+        told = "The adapter after half of the steps is kept: held-out loss 1.000 after half, 5.000 after all."
+        assert events[0].message == f"{told} It serves now."
+        digest = done.model_extra["lichen"]["digest"]
+        assert digest == sha256(both / "middle.gguf")
+        registry, learning_of = daemon.registry, daemon.learning
+        assert registry is not None and learning_of is not None and daemon.journal is not None
+        assert [version.digest for version in registry.versions("mine")] == [digest], "the loser is gone"
+        assert registry.standing("mine").active == digest
+        outcome = learning_of.store.get(job.id).outcome
+        assert outcome is not None and outcome.checkpoint == "half"
+        lessons = await daemon.journal.do(lambda journal: journal.lessons_of(digest))
+        assert lessons == [done.training_file], "so that forgetting the file taints it too"
 
 
 @pytest.mark.usefixtures("stand_in")
@@ -149,8 +205,10 @@ async def test_a_job_waits_goes_on_and_ends_as_its_owner_wants(served: ServedMod
         await jobs.resume(one.id)
         await until(client, one.id, status("running"))
         async with asyncio.timeout(10):
-            while not any("goes on at step" in e.message for e in (await jobs.list_events(one.id)).data):
+            events = []
+            while not any("goes on at step" in event.message for event in events):
                 await asyncio.sleep(0.05)
+                events = (await jobs.list_events(one.id, limit=100)).data
         await jobs.cancel(one.id)
         await until(client, one.id, status("cancelled"))
         for again in (jobs.cancel, jobs.pause, jobs.resume):
