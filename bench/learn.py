@@ -77,7 +77,7 @@ def main() -> None:
 def many_lessons(options: argparse.Namespace) -> dict[str, Any]:
     """Lessons in sequence, every arm with every seed; each result is shown when it is there."""
     torch.set_num_threads(options.threads)
-    settings = {name: getattr(options, name) for name in ("steps", "lessons", "measured")}
+    settings = {name: getattr(options, name) for name in ("steps", "lessons", "measured", "threads")}
     settings["model"] = options.model.name
     runs = _kept(options.keep, settings)
     for seed in range(options.seeds):
@@ -119,7 +119,8 @@ def one_lesson(options: argparse.Namespace) -> dict[str, Any]:
         )
         prepare(Path(folder) / "job", task, examples)
         events = list(Training(Path(folder) / "job"))
-    return {"minutes": options.minutes, "threads": options.threads, **_summary(events)}
+    settings = {name: getattr(options, name) for name in ("minutes", "lessons", "rate", "threads")}
+    return {"settings": settings, **_summary(events)}
 
 
 def banking(model: Path, lessons: int, threads: int) -> Examples:

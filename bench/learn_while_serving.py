@@ -26,9 +26,10 @@ import openai
 import lichen.config
 from bench.certificate import certificate, close_certificate, model_file, save
 from bench.flags import model_flags
+from bench.learning_tables import learning_beside_rows
 from bench.numbers import spread
 from bench.peer import BenchError
-from bench.table import aligned, learning_beside_rows
+from bench.table import aligned
 from lichen.adapters.events import Stepped, told
 from lichen.adapters.launch import EVENTS
 from lichen.api import load_model

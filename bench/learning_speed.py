@@ -27,9 +27,10 @@ import numpy as np
 from bench.certificate import certificate, close_certificate, model_file, save
 from bench.flags import model_flags
 from bench.learning_side import SIDES, SpeedJob, lora_of
+from bench.learning_tables import learning_speed_rows
 from bench.numbers import median, paired_ratio
 from bench.peer import ROOT, BenchError
-from bench.table import aligned, learning_speed_rows
+from bench.table import aligned
 from bench.taught import Schoolbook
 from lichen.adapters.course import Course
 from lichen.adapters.task import Keeping, Task

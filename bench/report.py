@@ -14,28 +14,28 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import foretold, intent_tables, replanning_tables
+from bench import foretold, intent_tables, learning_tables, replanning_tables, speculation_tables
 from bench.peer import ROOT, BenchError
 from bench.table import (
-    crowd_rows,
-    distillation_rows,
     import_rows,
-    learning_beside_rows,
-    learning_speed_rows,
     markdown,
     prefix_rows,
     quantize_rows,
     raw_rows,
     serving_rows,
     soak_rows,
-    speculation_rows,
     startup_rows,
     structured_rows,
 )
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 FOREIGN_CORES_LIMIT = 0.1  # more than that, and other processes disturbed a run
-_PICTURES = {"serving": "draw", "distillation": "draw_learning", "predictions": "draw_predictions"}
+_PICTURES = {
+    "serving": "draw",
+    "distillation": "draw_learning",
+    "predictions": "draw_predictions",
+    "lesson": "draw_lesson",
+}
 _FLAG = re.compile(r"(\w+) = 1\b")
 _BLOCK = re.compile(r"<!-- bench:\w+:begin -->.*?<!-- bench:\w+:end -->", re.DOTALL)
 _RESULT = re.compile(r"\(\.\./bench/results/([\w.-]+\.json)\)")
@@ -212,97 +212,13 @@ def _quantize_body(record: dict[str, Any]) -> list[str]:
     ]
 
 
-def _aims(record: dict[str, Any]) -> str:
-    """What was aimed at, and whether it was reached, as a list."""
-    return "\n".join(
-        f"- {line['aim']}: {line['value']:.3f}, {'reached' if line['reached'] else '**missed**'}"
-        for line in record["verdicts"]
-    )
-
-
-def _speculation_body(record: dict[str, Any]) -> list[str]:
-    settings = record["settings"]
-    trials = "; ".join(
-        f"{name}: "
-        + ", ".join(f"{setting} {rate:.0f}" for setting, rate in layout["trial"].items())
-        + f" tokens/s, so {layout['peer_setting']}"
-        for name, layout in record["layouts"].items()
-        if "trial" in layout
-    )
-    body = [
-        f"At most {settings['questions']} questions of each kind of work, answers of at most {settings['tokens']} tokens, "
-        f"greedy, drafts by {settings['drafters']}; every side answers each question in turn. Rates are of tokens 2..n over "
-        "all answers of a kind, ranges those of single answers. Attainable is what somebody would reach who knows "
-        "beforehand how reliable each kind of draft is, but not which one is right, at the measured cost of steps; the "
-        "last column is the same for **computed** costs of a device whose memory is the bottleneck, where eight tokens "
-        "cost what one costs.",
-        markdown(speculation_rows(record), left=2),
-        markdown(crowd_rows(record), left=1),
-    ]
-    if trials:
-        body.append(f"llama-server's settings in a trial on copying ({trials}).")
-    return [*body, "Aimed at:", _aims(record)]
-
-
-def _distillation_body(record: dict[str, Any]) -> list[str]:
-    settings, learning, gaps = record["settings"], record["learning"], record["gap_p95_ms"]
-    restart = record["restart"]
-    return [
-        f"{settings['minutes']:g} minutes of traffic from {settings['clients']} clients of each domain, one after the "
-        f"other; {learning['trainings']} trainings, {learning['swaps']} new heads, {learning['rollbacks']} taken back. "
-        "First guesses right, and rates, are of questions that are never learned from.",
-        markdown(distillation_rows(record), left=2),
-        "![First guesses right over time](img/distillation.svg)",
-        f"95 % of the gaps between two tokens were below {gaps['quiet']} ms while nothing was trained and below "
-        f"{gaps['learning']} ms during trainings. After a restart version {restart['version']} serves again.",
-        "Aimed at:",
-        _aims(record),
-    ]
-
-
-def _learning_speed_body(record: dict[str, Any]) -> list[str]:
-    settings, first = record["settings"], record["first"]
-    lesson = "banking77's questions" if settings["lesson"] == "banking" else "GSM8K's problems"
-    differences = "; ".join(
-        f"from {side} the first loss differs by {found['loss']:.1e} of it, the logits by {found['largest_logit']:.1e} "
-        f"at most (their spread is {found['spread_of_logits']:.1f})"
-        for side, found in first["differences"].items()
-    )
-    return [
-        f"{settings['steps']} steps of {settings['batch']} of {settings['lessons']} lessons ({lesson}), rank "
-        f"{settings['rank']}, {record['tokens']:,} tokens without padding; {settings['rounds']} rounds, in which the sides "
-        "take turns. Medians; ratios are taken within each round. `peft` adapts the layers that lichen adapts, `peft-all` "
-        f"those of all blocks. Held-out scores are of {settings['measured']} other questions, after the last step.",
-        markdown(learning_speed_rows(record), left=1),
-        f"Before the first step: {differences}.",
-        _met(record["aims"]),
-    ]
-
-
-def _learning_beside_body(record: dict[str, Any]) -> list[str]:
-    settings, summary = record["settings"], record["summary"]
-    return [
-        f"One client that thinks for {settings['think']:g} s between answers of {settings['tokens']} tokens; "
-        f"{settings['phases']} phases of {settings['seconds']:g} s of each kind, in turns.",
-        markdown(learning_beside_rows(record), left=1),
-        f"The trainer took {summary['trainer_steps_a_minute']:g} steps a minute beside the chat, and "
-        f"{summary['trainer_steps_a_minute_alone']:g} while nobody chatted.",
-    ]
-
-
-def _met(aims: dict[str, bool]) -> str:
-    return (
-        "Aims: "
-        + "; ".join(f"{aim}: {'reached' if met else '**missed**'}" for aim, met in aims.items())
-        + "."
-    )
-
-
 _BODIES = {
-    "speculation": _speculation_body,
-    "distillation": _distillation_body,
-    "learning_speed": _learning_speed_body,
-    "learn_while_serving": _learning_beside_body,
+    "speculation": speculation_tables.speculation_body,
+    "distillation": speculation_tables.distillation_body,
+    "lesson": learning_tables.lesson_body,
+    "sequence": learning_tables.sequence_body,
+    "learning_speed": learning_tables.speed_body,
+    "learn_while_serving": learning_tables.beside_body,
     "quantize": _quantize_body,
     "quantize_dithered": _quantize_body,
     "serving": _serving_body,
@@ -323,7 +239,7 @@ def instruction_sets(system_info: str) -> set[str]:
 
 def _build_notes(record: dict[str, Any]) -> list[str]:
     """Where the first server's build can use instructions that another's cannot, or the other way round."""
-    servers = list(record["servers"].values())
+    servers = list(record.get("servers", {}).values())
     if len(servers) < 2:
         return []
     subject, *others = servers
@@ -342,7 +258,7 @@ def _build_notes(record: dict[str, Any]) -> list[str]:
 
 def _server_notes(record: dict[str, Any]) -> list[str]:
     notes = []
-    for server in record["servers"].values():
+    for server in record.get("servers", {}).values():
         versions = ", ".join(f"{name} {version}" for name, version in server["versions"].items())
         said = "".join(f"; {note}" for note in server.get("notes", []))
         notes.append(f"{server.get('title', 'lichen')}: {versions}; `{server['command']}`{said}.")
@@ -350,7 +266,7 @@ def _server_notes(record: dict[str, Any]) -> list[str]:
 
 
 def _disturbance(record: dict[str, Any]) -> list[str]:
-    shares = [entry["foreign_cores"] for entry in record["runs"] if "foreign_cores" in entry]
+    shares = [entry["foreign_cores"] for entry in record.get("runs", []) if "foreign_cores" in entry]
     disturbed = sum(share > FOREIGN_CORES_LIMIT for share in shares)
     if not disturbed:
         return []
@@ -360,8 +276,8 @@ def _disturbance(record: dict[str, Any]) -> list[str]:
 
 
 def _failures(record: dict[str, Any]) -> list[str]:
-    entries = [*record["runs"], *record.get("starts", [])]
-    failed = [entry for entry in entries if entry["status"] != "ok"]
+    entries = [*record.get("runs", []), *record.get("starts", [])]
+    failed = [entry for entry in entries if entry.get("status", "ok") != "ok"]
     if not failed:
         return []
     return [

@@ -43,7 +43,8 @@ from bench.speculation_sides import (
     speculating,
     try_settings,
 )
-from bench.table import aligned, speculation_rows
+from bench.speculation_tables import speculation_rows
+from bench.table import aligned
 from lichen.errors import LichenError
 from lichen.runtime import layouts
 

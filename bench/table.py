@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from bench.numbers import dig
-
 Rows = list[list[str]]
 
 
@@ -108,86 +106,6 @@ def structured_rows(record: dict[str, Any]) -> Rows:
     return rows
 
 
-def speculation_rows(record: dict[str, Any]) -> Rows:
-    """Header and a row for each layout and kind of work: rates without and with drafted tokens, and bounds."""
-    rows: Rows = [
-        ["layout", "work", "answers", "same", "plain tokens/s", "drafted", "drafted ÷ plain", "range",
-         "llama-server plain", "drafted", "drafted ÷ its best", "accepted", "tokens a step", "attainable",
-         "of it", "memory-bound (computed)"]
-    ]  # fmt: skip
-    for layout, found in record["layouts"].items():
-        for kind, cell in found["summary"].items():
-            share, rates, part = cell["accepted"], cell["rates"], cell["of_attainable"]
-            rows.append(
-                [
-                    layout,
-                    kind,
-                    str(cell["answers"]),
-                    str(cell["same"]),
-                    number(rates["plain"]),
-                    number(rates["drafted"]),
-                    number(cell["ratio"], 2),
-                    f"{cell['low']:.2f}..{cell['high']:.2f}",
-                    number(rates.get("peer_plain")),
-                    number(rates.get("peer_drafted")),
-                    number(cell["peer_ratio"], 2),
-                    number(None if share is None else share * 100, 0, " %"),
-                    number(cell["tokens_a_step"], 2),
-                    number(cell["attainable"], 2),
-                    number(None if part is None else part * 100, 0, " %"),
-                    number(cell["memory_bound_computed"], 2),
-                ]
-            )
-    return rows
-
-
-def crowd_rows(record: dict[str, Any]) -> Rows:
-    """Header and a row for each layout: many clients at once, lies, and what steps of more tokens cost."""
-    widths = ("2", "4", "8", "16")
-    rows: Rows = [
-        ["layout", "clients", "plain tokens/s", "drafted", "drafted ÷ plain", "range", "lies ÷ plain"]
-        + [f"{width} tokens, plain steps" for width in widths]
-    ]
-    for layout, found in record["layouts"].items():
-        many, steps = found["crowd"] or {}, found["step_s"]
-        rows.append(
-            [
-                layout,
-                str(many.get("clients", "–")),
-                number(many.get("plain_tokens_per_second")),
-                number(many.get("drafted_tokens_per_second")),
-                number(many.get("ratio"), 2),
-                f"{many['low']:.2f}..{many['high']:.2f}" if many else "–",
-                number(found["liar_ratio"], 3),
-                *(number(steps[width] / steps["1"], 2) for width in widths),
-            ]
-        )
-    return rows
-
-
-def distillation_rows(record: dict[str, Any]) -> Rows:
-    """Header and a row for each domain and moment: the first guesses that are right, and rates."""
-    rows: Rows = [
-        ["when", "questions of", "first guesses right", "plain tokens/s", "first head", "head of then",
-         "÷ plain", "÷ first head"]
-    ]  # fmt: skip
-    for one in record["speed"]:
-        right = record["summary"].get(one["when"], {}).get(one["domain"])
-        rows.append(
-            [
-                one["when"],
-                one["domain"],
-                number(None if right is None else 100 * right, 1, " %"),
-                number(one["plain"]),
-                number(one["fresh"]),
-                number(one["drafted"]),
-                number(one["drafted"] / one["plain"], 2),
-                number(one["drafted"] / one["fresh"], 2),
-            ]
-        )
-    return rows
-
-
 def quantize_rows(record: dict[str, Any]) -> Rows:
     """Header and three rows a budget: llama.cpp's file without and with importance, and lichen's."""
     rows: Rows = [
@@ -228,44 +146,6 @@ def soak_rows(record: dict[str, Any]) -> Rows:
                 number(None if change is None else change * 100, 1, " %"),
             ]
         )
-    return rows
-
-
-def learning_speed_rows(record: dict[str, Any]) -> Rows:
-    """Header and a row for each side: its speed, memory and score, and lichen's ratios to it."""
-    rows: Rows = [
-        [
-            "trainer", "tokens/s", "peak MB of the steps", "of the process", "held-out loss", "exact",
-            "lichen ÷ it, tokens/s", "range", "memory", "of the process",
-        ]
-    ]  # fmt: skip
-    for side, cell in record["summary"].items():
-        ratio = record["ratios"].get(side, {})
-        speed = ratio.get("speed")
-        rows.append(
-            [
-                side,
-                number(cell["tokens_per_second"]),
-                number(cell["peak_training_mb"], 0),
-                number(cell["peak_mb"], 0),
-                number(cell["held_out_loss"], 3),
-                f"{cell['exact']:.1%}",
-                number(speed and speed["median"], 2),
-                f"{speed['low']:.2f}..{speed['high']:.2f}" if speed else "–",
-                *(number(dig(ratio, name, "median"), 2) for name in ("peak_training_mb", "peak_mb")),
-            ]
-        )
-    return rows
-
-
-def learning_beside_rows(record: dict[str, Any]) -> Rows:
-    """Header and a row for each kind of phase: gaps between the pieces of answers, with and without a trainer."""
-    rows: Rows = [["phase", "gaps", "p50 ms", "p95 ms", "÷ idle"]]
-    summary = record["summary"]
-    for kind in ("idle", "training"):
-        cell = summary[kind]
-        ratio = summary["ratio"] if kind == "training" else None
-        rows.append([kind, str(cell["n"]), number(cell["p50"]), number(cell["p95"]), number(ratio, 2)])
     return rows
 
 
