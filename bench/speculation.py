@@ -52,6 +52,7 @@ LONGEST = 3000  # characters of a question
 SHORTEST = 8  # tokens of an answer that counts: a rate of few tokens is mostly noise
 # Spec-Bench's tasks; its other categories are the eight of MT-Bench.
 OWN = ("math_reasoning", "qa", "rag", "summarization", "translation")
+QUESTIONS_SHARE = 0.55  # of the minutes of a layout
 AIMS = {"copying": 1.4, "copying_peer": 1.2, "kind": 0.98, "liar": 0.95, "clients": 0.98}
 QUICK = {"questions": 1, "tokens": 48, "budget": 4.0, "runs": 1, "repeats": 5}
 
@@ -167,13 +168,13 @@ async def _layout(
     record: dict[str, Any],
     minutes: float,
 ) -> None:
-    """Everything that is measured of one file; a third of its time is left for what is not questions."""
+    """Everything that is measured of one file."""
     layout = record["layouts"][name]
     few = {kind: bodies[: options.questions] for kind, bodies in work.items()}
     found = {} if options.no_peer else peer_settings(options.draft_model)
     if found:
         bodies = [work[kind][-1] for kind in COPYING if kind in work]  # not among those that count
-        bodies = bodies or [next(iter(work.values()))[-1]]
+        bodies = (bodies or [next(iter(work.values()))[-1]])[: max(2, options.questions)]
         layout["trial"] = await try_settings(found, settings, bodies, options.tokens)
         layout["peer_setting"] = max(
             (one for one in found if one != "plain"), key=layout["trial"].__getitem__
@@ -188,7 +189,7 @@ async def _layout(
                 sides[side] = (await stack.enter_async_context(running(found[setting], own)), None)
         for server in {id(server): server for server, _ in sides.values()}.values():
             await ask(server, {"messages": [{"role": "user", "content": "Count to forty."}]}, 32)
-        await alternate(sides, few, options.tokens, minutes * 0.65, entries)
+        await alternate(sides, few, options.tokens, minutes * QUESTIONS_SHARE, entries)
     lichen_peer = speculating(options)
     crowded = dataclasses.replace(settings, context=min(1024, options.context), port=free_port())
     layout["clients"] = await crowd(lichen_peer, crowded, work, options.tokens, options.runs)

@@ -219,8 +219,7 @@ class Engine:
         """One turn: plan, draft, decode, draw, deliver."""
         began, drawn = time.perf_counter(), self._counters.completion_tokens
         chunks = self.scheduler.plan(self._running)
-        # llama.cpp computes streams together where their slots follow on each other.
-        chunks.sort(key=lambda chunk: slot_of(chunk.sequence))
+        chunks.sort(key=lambda chunk: slot_of(chunk.sequence))  # llama.cpp joins neighbouring streams
         chunks = self.speculation.extend(chunks)
         switches = self.adapters.switches
         if not self._decode(chunks):

@@ -31,7 +31,7 @@ def following_head(texts: Iterable[Items[int]], *, base: str, vocabulary: int, h
         a_bias=np.zeros(size, np.float32),
         w_weight=np.concatenate([np.zeros((size, size)), 8 * np.eye(size)], 1).astype(np.float32),
         w_bias=np.zeros(size, np.float32),
-        d_weight=step / 8,
+        d_weight=step / np.float32(8),
         table=np.eye(size + 1, size, dtype=np.float32),
         output=16 * np.eye(size, dtype=np.float32),
         output_bias=np.zeros(size, np.float32),
