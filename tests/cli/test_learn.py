@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from lichen.cli import app
 from tests.models.tiny_models import write_tiny
 
 
@@ -54,6 +56,29 @@ def test_bad_lines_are_listed_before_anything_is_loaded(
     done = learn(tmp_path, str(lessons), "--name", "x", "--model", str(tmp_path / "none.gguf"))
     assert done.returncode == 1
     assert words in done.stderr and "1 of 31 lines cannot be learned from" in done.stderr
+
+
+def test_a_file_that_only_measures_leaves_all_others_to_learn(lessons: Path, tmp_path: Path) -> None:
+    exam = tmp_path / "exam.jsonl"
+    given = ["--name", "x", "--model", str(tmp_path / "none.gguf"), "--validation", str(exam)]
+
+    def said(content: str) -> str:
+        exam.write_text(content, encoding="utf-8", errors="surrogateescape")
+        done = CliRunner().invoke(app, ["--home", str(tmp_path), "learn", str(lessons), *given])
+        assert done.exit_code == 1
+        return f"{done.output}{done.exception}"
+
+    assert "30 lessons to learn, 1 to measure with." in said('{"prompt": "Why?", "completion": "yes"}')
+    pair: dict[str, object] = {"input": {"messages": [{"role": "user", "content": "Why?"}]}}
+    for which in ("preferred_output", "non_preferred_output"):
+        pair[which] = [{"role": "assistant", "content": which}]
+    for content, words in (
+        ("{", "line 1: it is not JSON"),
+        (json.dumps(pair), "exam.jsonl of preference"),
+        ("", "the file holds no lesson"),
+        ("\udcff", "not UTF-8"),
+    ):
+        assert words in said(content)
 
 
 def test_a_name_that_would_leave_the_folder_is_refused(lessons: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ COMMANDS = [
     line
     for language, block in BLOCKS
     for line in block.splitlines()
-    if language == "sh" and line.startswith("lichen ")
+    if language == "sh" and re.match(r"([A-Z_]+=\S+ )*lichen ", line)
 ]
 ((_, PROGRAM),) = (block for block in BLOCKS if block[0] == "python")
 ((_, EXAM),) = (block for block in BLOCKS if block[0] == "json")
@@ -42,18 +42,21 @@ class Stranger:
     said: dict[str, str] = field(default_factory=dict)
 
     def type(self, line: str) -> str:
-        """A command of the guide; what it says on both outputs."""
-        return self._run([sys.executable, "-m", "lichen.cli", *shlex.split(line)[1:]], line)
+        """A command of the guide, perhaps with a variable before it; what it says on both outputs."""
+        words = shlex.split(line)
+        at = words.index("lichen")
+        variables = dict(word.split("=", 1) for word in words[:at])
+        return self._run([sys.executable, "-m", "lichen.cli", *words[at + 1 :]], line, variables)
 
     def run(self, program: str) -> str:
         """A program of the guide, against this daemon."""
         program = program.replace("http://127.0.0.1:8642", self.url)
-        return self._run([sys.executable, "-c", program], "python")
+        return self._run([sys.executable, "-c", program], "python", {})
 
-    def _run(self, command: list[str], name: str) -> str:
+    def _run(self, command: list[str], name: str, variables: dict[str, str]) -> str:
         done = subprocess.run(
             command,
-            env=self.environment,
+            env={**self.environment, **variables},
             cwd=self.folder,
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -118,7 +121,7 @@ def test_the_guide_runs(stranger: Stranger) -> None:
     stranger.run(PROGRAM)
     assert len(COMMANDS) == 9
     said = [stranger.type(line) for line in COMMANDS[1:]]
-    learned = next(line for line in COMMANDS if line.startswith("lichen learn"))
+    learned = next(line for line in COMMANDS if " lichen learn " in line)
     assert f"It serves now as {MODEL}:house." in stranger.said[learned]
     assert "loss on the lesson" in stranger.said["lichen adapters show house"]
     assert ANSWER in said[COMMANDS.index(ASKED) - 1]
