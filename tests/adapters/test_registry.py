@@ -76,6 +76,21 @@ def test_promotions_are_taken_back_one_by_one_down_to_the_model_alone(
     assert registry.names() == []
 
 
+def test_only_the_version_that_was_meant_is_taken_back(registry: Registry, model: Path) -> None:
+    """Whoever has watched one version must not take back another that was promoted meanwhile."""
+    one, two = (add(registry, model, seed) for seed in (1, 2))
+    for version in (one, two):
+        registry.promote("mine", version.digest)
+    assert registry.before("mine") == one.digest
+    with pytest.raises(RegistryError, match="Another version"):
+        registry.rollback("mine", of=one.digest)
+    assert registry.active("mine") == two and not registry.notes("mine", two.digest)
+    registry.taint([one.digest])
+    assert registry.before("mine") == "", "a tainted version does not come back"
+    assert registry.rollback("mine", reason="worse", of=two.digest, facts={"by": "probation"}) is None
+    assert registry.notes("mine", two.digest)[0].values == {"reason": "worse", "by": "probation"}
+
+
 def test_what_learned_from_something_forgotten_is_marked(registry: Registry, model: Path) -> None:
     one, two = (add(registry, model, seed) for seed in (1, 2))
     registry.promote("mine", one.digest)

@@ -317,7 +317,8 @@ def test_the_adapter_of_half_of_the_steps_lies_beside(model_file: Path, tmp_path
 
 
 def test_what_is_pruned_in_the_end_and_a_single_step_have_no_half(model_file: Path, tmp_path: Path) -> None:
-    for number, changes in enumerate([{"prune": 0.5}, {"batch": 40}]):
+    cases: list[dict[str, float]] = [{"prune": 0.5}, {"batch": 40}]
+    for number, changes in enumerate(cases):
         folder = tmp_path / str(number)
         folder.mkdir()
         (folder / MIDDLE).write_bytes(b"of another training")

@@ -42,6 +42,8 @@ def test_it_trains_and_says_what_changed(lessons: Path, tmp_path: Path) -> None:
     version = json.loads((folder / "version.json").read_bytes())
     assert version["digest"] == folder.name and version["lineage"]["scores"]["after"]["loss"] > 0
     assert "serve" in done.stderr  # it does now, or it does not and why
+    assert "held-out loss" in done.stderr and "after half" in done.stderr  # of the two, one is kept
+    assert [path.name for path in folder.parent.iterdir() if path.is_dir()] == [folder.name]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from openai.types.fine_tuning import FineTuningJob
+from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
 
 import lichen
 from lichen.adapters import launch
@@ -205,7 +205,7 @@ async def test_a_job_waits_goes_on_and_ends_as_its_owner_wants(served: ServedMod
         await jobs.resume(one.id)
         await until(client, one.id, status("running"))
         async with asyncio.timeout(10):
-            events = []
+            events: list[FineTuningJobEvent] = []
             while not any("goes on at step" in event.message for event in events):
                 await asyncio.sleep(0.05)
                 events = (await jobs.list_events(one.id, limit=100)).data
