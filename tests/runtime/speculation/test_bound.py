@@ -38,7 +38,7 @@ async def test_a_text_that_repeats_itself_is_guessed() -> None:
     tokens = [*range(100, 140), *range(100, 140)]
     found = guesses(tokens, 40)
     assert len(found) == 39
-    assert all(guess.right == guess.length for guess in found[2:-16])
+    assert all(guess.right == guess.length for guess in found)
     assert found[20].length == 16
     shares = acceptance([found])
     assert all(share == 1.0 for kind, row in shares.items() for share in row[:3] if kind.endswith("4"))
