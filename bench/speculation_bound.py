@@ -177,7 +177,7 @@ def guesses(tokens: Sequence[int], prompt: int) -> list[Guess]:
         right = next(
             (n for n, (a, b) in enumerate(zip(draft.tokens, coming, strict=False)) if a != b), len(coming)
         )
-        found.append(Guess(draft.kind, len(draft.tokens), right))
+        found.append(Guess(draft.kind, len(coming), right))  # nothing is drafted beyond the end
     drafter.end(live)
     return found
 
