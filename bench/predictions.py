@@ -130,8 +130,8 @@ def _measure_all(options: argparse.Namespace) -> dict[str, Any]:
 def plan_grid(layouts: Sequence[str], threads: int, context: int) -> Grid:
     """Plans, and the loads that each is measured under."""
 
-    def plan(layout: str, count: int, slots: int, **fields: int) -> Plan:
-        return Plan(layout=layout, threads=count, slots=slots, context=context, **fields)
+    def plan(layout: str, count: int, slots: int, batch: int = 256, chunk: int = 64) -> Plan:
+        return Plan(layout=layout, threads=count, slots=slots, context=context, batch=batch, chunk=chunk)
 
     found: Grid = []
     for layout in layouts:
