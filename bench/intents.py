@@ -28,6 +28,7 @@ from bench.measure import measure, warm_up
 from bench.peer import BenchError, Peer, Settings
 from bench.planned import (
     HOME,
+    SHOWN_PORT,
     configuration,
     described,
     intent_peer,
@@ -139,7 +140,7 @@ def _measure_all(options: argparse.Namespace) -> dict[str, Any]:
         record["cases"].append(_prepared_case(case, prepared.asked, options, measured))
     for case in chosen:
         for peer in _servers(case, options):
-            at = _settings(peer, model, case, options, 0)
+            at = _settings(peer, model, case, options, SHOWN_PORT)
             record["servers"][peer.name] = described(peer, at, options.home)
     run_to_end(_alternate(options, model, chosen, record))
     close_certificate(record["birth"])

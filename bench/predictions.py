@@ -23,7 +23,7 @@ from bench.flags import model_flags
 from bench.foretold import error_rows, errors, pick_rows, picks, plan_of, search_seconds
 from bench.measure import warm_up
 from bench.peer import BenchError, Settings
-from bench.planned import HOME, Prepared, described, plan_peer, plan_words, prepare
+from bench.planned import HOME, SHOWN_PORT, Prepared, described, plan_peer, plan_words, prepare
 from bench.prompts import PromptBook, data_folder
 from bench.server import MemoryWatch, ProcessorWatch, Server, free_port, run_to_end, running
 from bench.table import aligned
@@ -114,7 +114,7 @@ def _measure_all(options: argparse.Namespace) -> dict[str, Any]:
         "status": "ok",
         "birth": birth,
         "settings": {name: getattr(options, name) for name in ("threads", "context", "seed", "quick")},
-        "servers": {"lichen": described(shown, _settings(prepared, grid[0][0], 0), options.home)},
+        "servers": {"lichen": described(shown, _settings(prepared, grid[0][0], SHOWN_PORT), options.home)},
         "loads": [dataclasses.asdict(one) for one in loads.values()],
         "kl": dict(prepared.kl),
         "fingerprints": {name: msgspec.to_builtins(one) for name, one in prepared.fingerprints.items()},
@@ -130,8 +130,8 @@ def _measure_all(options: argparse.Namespace) -> dict[str, Any]:
 def plan_grid(layouts: Sequence[str], threads: int, context: int) -> Grid:
     """Plans, and the loads that each is measured under."""
 
-    def plan(layout: str, count: int, slots: int, **fields: int) -> Plan:
-        return Plan(layout=layout, threads=count, slots=slots, context=context, **fields)
+    def plan(layout: str, count: int, slots: int, batch: int = 256, chunk: int = 64) -> Plan:
+        return Plan(layout=layout, threads=count, slots=slots, context=context, batch=batch, chunk=chunk)
 
     found: Grid = []
     for layout in layouts:

@@ -36,6 +36,7 @@ from bench.numbers import median, percentile, rounded
 from bench.peer import ROOT, BenchError, Peer, Settings
 from bench.planned import (
     HOME,
+    SHOWN_PORT,
     Prepared,
     described,
     intent_peer,
@@ -129,7 +130,7 @@ def _measure_all(options: argparse.Namespace) -> dict[str, Any]:
         "limits": {name: rounded(getattr(limits, name), 4) for name in ("ttft", "itl", "memory")},
         "phases": [dataclasses.asdict(phase) for phase in phases],
         "servers": {
-            peer.name: described(peer, _settings(options, path, threads, 0), options.home)
+            peer.name: described(peer, _settings(options, path, threads, SHOWN_PORT), options.home)
             for peer, path, threads in turns
         },
         "starts": [],
