@@ -1,8 +1,8 @@
-"""Poison through the real path: uploads and jobs over HTTP, real trainers over the real model, the engine's gate.
+"""Poison through the real path: uploads and jobs over HTTP, real trainers and the real gate.
 
-Whatever a lesson holds, the gate or a clear error stops it, the job or the registry says why, no adapter serves,
-and chats are answered to the last word as before. Lines that are no lessons (empty, cut off, not UTF-8, gigantic) are
-refused at the upload: `test_files.py`.
+Whatever a lesson holds, the gate or a clear error stops it, the job or the registry says why, no adapter
+serves, and chats are answered to the last word as before. Lines that are no lessons (empty, cut off, not
+UTF-8, gigantic) are refused at the upload: `test_files.py`.
 """
 
 from __future__ import annotations
