@@ -118,7 +118,7 @@ async def test_poison_is_stopped_and_says_why(served: ServedModel, tmp_path: Pat
             training_file=await uploaded(client, poison.learned),
             validation_file=await uploaded(client, poison.exam),
             suffix=adapter,
-            hyperparameters={"n_epochs": 3, "batch_size": 8, **poison.how},  # type: ignore[typeddict-item]
+            hyperparameters={"n_epochs": 2, "batch_size": 8, **poison.how},  # type: ignore[typeddict-item]
         )
         job = await ended(client, job.id, before)
         registry = Registry(tmp_path / "adapters")
