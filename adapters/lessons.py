@@ -89,8 +89,7 @@ class Report(msgspec.Struct, kw_only=True):
 
 
 def survey(path: Path, *, share: float | None = None) -> Report:
-    """Read a whole file and say what is in it and what is wrong. share: of the held-out part; None: as many as
-    `share_of` says.
+    """Read a whole file and say what is in it and what is wrong. share: of the held-out part, or `share_of`.
 
     Raises LessonError for a file that cannot be opened; what its lines hold is in the report.
     """

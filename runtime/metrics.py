@@ -100,7 +100,7 @@ METRICS = (
     _counter("lichen_requests_total", "Requests that the engine took."),
     _counter(
         "lichen_adapter_requests_total",
-        f"Answers that were asked for, by adapter: its name, empty for the model alone, * past {ADAPTERS} names.",
+        f"Answers that were asked for, by adapter: empty for the model alone, * past {ADAPTERS} names.",
         "model_name",
         "adapter",
     ),

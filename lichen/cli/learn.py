@@ -92,7 +92,7 @@ def learn(
 
 
 def _surveyed(file: Path, validation: Path | None) -> Report:
-    """Say what is in the files; what is in the first. Raises LessonError after all that is wrong was listed."""
+    """Say what is in the files; the report of the first. Raises LessonError after listing what is wrong."""
     from lichen.adapters.lessons import survey
 
     report = survey(file)

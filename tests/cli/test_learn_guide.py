@@ -1,4 +1,4 @@
-"""docs/guides/learn.md as a stranger goes through it: its files, its Python and its commands, in its order."""
+"""docs/guides/learn.md as a stranger goes through it: its files, Python and commands, in its order."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ANSWER = "Ingrid"
 
 @dataclass
 class Stranger:
-    """Someone with a home of their own, a folder to work in, and a daemon. said: by command, the last time."""
+    """Someone with a home, a folder to work in, and a daemon. said: by command, the last time."""
 
     folder: Path
     environment: dict[str, str]

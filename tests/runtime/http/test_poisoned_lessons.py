@@ -1,8 +1,8 @@
-"""Poison through the real path: uploads and jobs over HTTP, real trainers over the real model, the engine's gate.
+"""Poison through the real path: uploads and jobs over HTTP, real trainers and the real gate.
 
-Whatever a lesson holds, the gate or a clear error stops it, the job or the registry says why, no adapter serves,
-and chats are answered to the last word as before. Lines that are no lessons (empty, cut off, not UTF-8, gigantic) are
-refused at the upload: `test_files.py`.
+Whatever a lesson holds, the gate or a clear error stops it, the job or the registry says why, no adapter
+serves, and chats are answered to the last word as before. Lines that are no lessons (empty, cut off, not
+UTF-8, gigantic) are refused at the upload: `test_files.py`.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ async def test_poison_is_stopped_and_says_why(served: ServedModel, tmp_path: Pat
             training_file=await uploaded(client, poison.learned),
             validation_file=await uploaded(client, poison.exam),
             suffix=adapter,
-            hyperparameters={"n_epochs": 3, "batch_size": 8, **poison.how},  # type: ignore[typeddict-item]
+            hyperparameters={"n_epochs": 2, "batch_size": 8, **poison.how},  # type: ignore[typeddict-item]
         )
         job = await ended(client, job.id, before)
         registry = Registry(tmp_path / "adapters")
