@@ -167,6 +167,14 @@ def test_a_combination_equals_the_plain_path(sides: dict[str, Side], plain: Plai
         check(plain, number, combination, outcome, expected, exact=False)
 
 
+@pytest.mark.parametrize("drafter", ["suffix", "head"])
+def test_the_daemons_draft(sides: dict[str, Side], drafter: str) -> None:
+    """Else their half of the matrix would show nothing."""
+    asked = {"prompt": STORY * 3, "temperature": 0, "max_tokens": 48}
+    answer = sides[drafter][1].post("/completions", json=asked).json()
+    assert answer["timings"]["draft_n"] > 0
+
+
 def run(
     daemon: RunningDaemon, client: httpx.Client, number: int, combination: Combination
 ) -> tuple[list[Outcome], dict[str, Any] | None]:
