@@ -20,6 +20,8 @@ from lichen.devices.probe import memory_left
 PIECE = 32 << 20  # bytes
 EVERY_S = 0.2
 
+_TOUCHED = b"\1" * (PIECE // mmap.PAGESIZE)
+
 
 class Held:
     """What it holds. left: tells the bytes that may still be taken."""
@@ -38,7 +40,7 @@ class Held:
         left = self._left()
         while left - PIECE >= self._leave and self.size + PIECE <= self._most:
             piece = mmap.mmap(-1, PIECE)
-            piece.write(b"\1" * PIECE)  # a page that nobody wrote to takes no memory
+            piece[:: mmap.PAGESIZE] = _TOUCHED  # a page that nobody wrote to takes no memory
             self._pieces.append(piece)
             left = min(left - PIECE, self._left())
         while left < self._leave and self._pieces:

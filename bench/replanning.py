@@ -166,10 +166,10 @@ class _Picks:
         alone = self._pick(Phase(name="long", users=1, prompt="long").load(), "latency").prediction
         reading = round(3 * (alone.ttft + 64 * alone.itl) / BUSY, 1)
         return [
-            Phase(name="quiet", users=1, period=3.0, seconds=40 * scale),
-            Phase(name="crowd", users=16, period=period, seconds=100 * scale),
-            Phase(name="long", users=3, prompt="long", period=reading, seconds=70 * scale),
-            Phase(name="pressure", users=6, period=0.75 * period, seconds=90 * scale, pressed=True),
+            Phase(name="quiet", users=1, period=3.0, seconds=35 * scale),
+            Phase(name="crowd", users=16, period=period, seconds=95 * scale),
+            Phase(name="long", users=3, prompt="long", period=reading, seconds=65 * scale),
+            Phase(name="pressure", users=6, period=0.75 * period, seconds=85 * scale, pressed=True),
         ]
 
     def limits(self) -> Limits:

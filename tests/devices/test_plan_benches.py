@@ -17,6 +17,7 @@ from bench.stream import Exchange
 from bench.traffic import Traffic, Visits, reckon, tokens_within
 from lichen.devices.pace import Plan
 from lichen.devices.wish import parts_of, wish
+from lichen.runtime.memory import resident
 
 
 def answered(started: float, first: float, gap: float, tokens: int) -> Exchange:
@@ -220,8 +221,10 @@ def test_what_a_case_asks_for_is_a_wish() -> None:
 def test_a_neighbour_takes_what_is_left_and_gives_it_back() -> None:
     free = [10 * PIECE]
     held = Held(7 * PIECE, 2 * PIECE, lambda: free[0])
+    before = resident()
     held.turn()
     assert held.size == 2 * PIECE, "no more than it may"
+    assert resident() - before > 1.9 * PIECE, "all of it is in memory"
     free[0] = 6 * PIECE
     held.turn()
     assert held.size == PIECE
