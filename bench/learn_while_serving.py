@@ -111,13 +111,13 @@ async def _phases(options: Namespace, path: Path, home: Path) -> dict[str, Any]:
             await client.fine_tuning.jobs.cancel(id)
     finally:
         await pool.close()
-    idle, training = (spread([1000 * gap for gap in gaps[kind]]) for kind in (False, True))
-    if idle is None or training is None:
+    without, with_it = (spread([1000 * gap for gap in gaps[kind]]) for kind in (False, True))
+    if without is None or with_it is None:
         raise BenchError("No answer had two pieces.", hint="Give more --seconds or --tokens.")
     return {
-        "idle": idle,
-        "training": training,
-        "ratio": round(training["p95"] / idle["p95"], 3),
+        "idle": without,
+        "training": with_it,
+        "ratio": round(with_it["p95"] / without["p95"], 3),
         "trainer_steps_a_minute": beside.a_minute(),
         "trainer_steps_a_minute_alone": alone.a_minute(),
     }

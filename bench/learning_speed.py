@@ -130,7 +130,8 @@ def _aims(ratios: dict[str, Any], first: dict[str, Any]) -> dict[str, bool]:
 
 def _first(sides: Sequence[str], folder: Path, threads: int) -> dict[str, Any]:
     """The first step of each side, and how far it is from lichen's."""
-    found, logits = {}, {}
+    found: dict[str, Any] = {}
+    logits: dict[str, Any] = {}
     for side in sides:
         path = folder / f"{side}.npy"
         found[side] = _side(side, folder / "job.json", threads, "--first", str(path))

@@ -113,12 +113,13 @@ async def test_poison_is_stopped_and_says_why(served: ServedModel, tmp_path: Pat
     poison, adapter = POISONS[name], name.replace(" ", "-")
     async with learning(served, tmp_path) as (daemon, client):
         before = await answers(client)
+        how: Any = {"n_epochs": 2, "batch_size": 8, **poison.how}  # the client's type has no mixed values
         job = await client.fine_tuning.jobs.create(
             model="default",
             training_file=await uploaded(client, poison.learned),
             validation_file=await uploaded(client, poison.exam),
             suffix=adapter,
-            hyperparameters={"n_epochs": 2, "batch_size": 8, **poison.how},  # type: ignore[typeddict-item]
+            hyperparameters=how,
         )
         job = await ended(client, job.id, before)
         registry = Registry(tmp_path / "adapters")
