@@ -4,7 +4,7 @@ Order at each token: log-probabilities of the model itself, then the grammar's m
 chain. Used by the engine thread only.
 
 Of a sequence that is `scored`, every SCORED-th token is: -log p under the model itself, before temperature
-and all other options. It takes 0.2 ms for 49,152 tokens of a vocabulary, and changes no draw.
+and all other options. It takes some tenths of a millisecond for a vocabulary of 49,152, and changes no draw.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _log_sum(logits: Any) -> float:
     import numpy as np
 
     top = logits.max()
-    return float(top) + float(np.log(np.exp(logits - top).sum(dtype=np.float64)))
+    return float(top) + float(np.log(np.exp(logits - top).sum()))
 
 
 def _logprob(model: Model, logits: Any, token: int, top: int) -> TokenLogprob:
