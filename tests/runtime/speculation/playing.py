@@ -116,6 +116,7 @@ def play(
     spent = plain = 0.0
     while live:
         chunks = speculation.extend(sorted(scheduler.plan(live), key=lambda chunk: chunk.sequence.slot or 0))
+        speculation._drafting_s = 0.0  # real time has no place among made-up times
         slots = [chunk.sequence.slot or 0 for chunk in chunks]
         widths = micro_batches(slots, [chunk.count + len(chunk.draft) for chunk in chunks])
         seconds = PLAIN_S * sum(map(curve, widths)) * chance.uniform(1 - noise, 1 + noise)

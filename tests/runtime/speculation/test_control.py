@@ -66,7 +66,7 @@ def test_one_of_four_sequences_drafts_and_the_others_wait_no_longer_than_allowed
 
     speed, counters = play(CURVES["bound by memory"], [Oracle(first_only)], sequences=4)
     # Its own micro-batch of eight tokens costs a plain step; one token more of all four costs nothing here.
-    assert speed >= 1.1
+    assert speed >= 1.05
     assert counters.draft_accepted > 400, "of the thousand tokens that could be known"
 
 

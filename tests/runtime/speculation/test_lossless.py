@@ -153,7 +153,7 @@ async def test_a_hundred_greedy_answers_are_the_same_up_to_near_ties(
     assert equal > compared / 2
     if served.info.name.startswith("lying"):
         assert accepted < drafted / 100
-    else:
+    elif (served.info.name, case) != ("suffix", "penalties"):  # penalties keep answers from repeating
         assert accepted > 20
 
 
