@@ -45,6 +45,7 @@ LOADS = {
     )
 }
 QUICK = {"alone": 2, "few": 1}  # loads, and requests of each user
+QUICK_BUDGET = 2.5  # minutes
 
 Grid = list[tuple[Plan, tuple[str, ...]]]
 
@@ -62,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags.add_argument("--quick", action="store_true", help="two layouts, two loads, few requests")
     flags.add_argument("--publish", action="store_true", help="also write the table and picture of docs/")
     options = flags.parse_args(arguments)
+    if options.quick:
+        options.budget = min(options.budget, QUICK_BUDGET)
     try:
         record = _measure_all(options)
     except LichenError as error:
