@@ -113,7 +113,7 @@ def summarized(job: SpeedJob, runs: Sequence[dict[str, Any]], first: dict[str, A
 
 
 def _aims(ratios: dict[str, Any], first: dict[str, Any]) -> dict[str, bool]:
-    found = {}
+    found: dict[str, bool] = {}
     for side, ratio in ratios.items():
         found |= {
             f"{FASTER} times the tokens/s of {side}": ratio["speed"]["median"] >= FASTER,
