@@ -26,8 +26,10 @@ def save(path: Path, state: dict[str, Any]) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
         sync_folder(path.parent)
-    except OSError as error:
-        raise TrainingError(f"The checkpoint {path} cannot be written: {error.strerror}.") from error
+    except (OSError, RuntimeError) as error:  # torch wraps what the system said, and drops it
+        partial.unlink(missing_ok=True)
+        said = error.strerror if isinstance(error, OSError) else "the disk may be full"
+        raise TrainingError(f"The checkpoint {path} cannot be written: {said}.") from error
 
 
 def load(path: Path, identity: str) -> dict[str, Any] | None:
