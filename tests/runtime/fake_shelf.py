@@ -15,6 +15,7 @@ from lichen.runtime.memory import Fitted, MemoryEstimate
 from lichen.runtime.pool import ModelPool, PoolOptions
 from lichen.runtime.resident import Candidate
 from lichen.runtime.served_model import ModelInfo, ModelOptions, ServedModel
+from lichen.runtime.speculation.plan import Speculation
 
 LEAST = 0.5  # of a model's size, when it is shrunk as far as it goes
 
@@ -23,6 +24,7 @@ class FakeEngine:
     def __init__(self) -> None:
         self.state = "running"
         self.drained = False
+        self.speculation = Speculation.off()
 
     def counters(self) -> Counters:
         return Counters(free_slots=1)

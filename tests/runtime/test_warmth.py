@@ -120,7 +120,8 @@ async def test_a_slot_is_written_before_another_prompt_overwrites_it(
 async def test_answers_that_a_closing_engine_cuts_leave_their_tokens(tmp_path: Path) -> None:
     async with running(tmp_path) as bench:
         bench.context.pace = 0.05
-        async for event in bench.submit([*SYSTEM, 1], max_tokens=90):
+        answer = aiter(bench.submit([*SYSTEM, 1], max_tokens=90))  # held: one that nobody holds is cancelled
+        async for event in answer:
             if isinstance(event, Piece):
                 break
         assert await asyncio.to_thread(bench.engine.drain, 0.0) is False
