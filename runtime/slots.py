@@ -70,19 +70,33 @@ class SlotPool:
     def _place(self, prompt: Sequence[int], adaptation: Adaptation) -> Placement:
         length, holders = self._match(prompt, adaptation)
         length = min(length, len(prompt) - 1)
-        oldest = min(self._free, key=lambda slot: len(self.tokens(slot)) > 0)  # empty ones first
+        fresh = self._fresh()
         if length <= 0:
-            return Placement(oldest, 0, None)
+            return Placement(fresh, 0, None)
         idle = [slot for slot in holders if slot in self._free]
         if idle:
             nearest = min(idle, key=lambda slot: len(self.tokens(slot)))
             lost = len(self.tokens(nearest)) - length
-            if lost <= length or nearest == oldest:
+            if lost <= length or nearest == fresh:
                 return Placement(nearest, length, None)
             # Cutting a long conversation down to a short shared beginning would waste it: copy instead.
-        if oldest in holders:
-            return Placement(oldest, length, None)
-        return Placement(oldest, length, min(holders)) if length >= MIN_COPY else Placement(oldest, 0, None)
+        if fresh in holders:
+            return Placement(fresh, length, None)
+        return Placement(fresh, length, min(holders)) if length >= MIN_COPY else Placement(fresh, 0, None)
+
+    def _fresh(self) -> int:
+        """The free slot whose tokens are missed least: an empty one, else one of the older half.
+
+        Of those the one with most live neighbours: streams of neighbouring slots are computed together, others
+        one after the other (`batch.runs_of`).
+        """
+        free = list(self._free)
+        empty = [slot for slot in free if not self.tokens(slot)]
+        candidates = empty or free[: (len(free) + 1) // 2]
+        return max(candidates, key=lambda slot: self._live(slot - 1) + self._live(slot + 1))
+
+    def _live(self, slot: int) -> bool:
+        return 0 <= slot < self.count and slot not in self._free
 
     def _match(self, prompt: Sequence[int], adaptation: Adaptation) -> tuple[int, frozenset[int]]:
         tree = self._trees.get(adaptation)

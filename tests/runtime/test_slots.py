@@ -49,6 +49,21 @@ def test_a_long_conversation_is_copied_rather_than_cut_down_to_a_short_shared_be
     assert placement == Placement(1 - kept, len(SYSTEM), kept)
 
 
+def test_live_slots_stay_together() -> None:
+    """Streams of slots that are no neighbours cost a micro-batch each."""
+    pool = SlotPool(8)
+    slots = [pool.acquire([number]) for number in range(8)]
+    assert [one and one.slot for one in slots] == list(range(8))
+    for slot in (1, 3, 5, 6, 4):
+        pool.release(slot, [slot])
+    chosen = [pool.acquire([100 + number]) for number in range(3)]
+    assert [one and one.slot for one in chosen] == [1, 3, 6]  # beside live ones, and of the older half
+    for slot in range(4):
+        pool.release(slot, ())
+    emptied = [pool.acquire([200 + number]) for number in range(4)]
+    assert [one and one.slot for one in emptied] == [0, 1, 2, 3]  # tokens of 4 and 5 may be wanted again
+
+
 def test_no_free_slot_gives_none() -> None:
     pool = SlotPool(1)
     assert pool.acquire([1]) is not None
