@@ -87,8 +87,8 @@ class SlotPool:
     def _fresh(self) -> int:
         """The free slot whose tokens are missed least: an empty one, else one of the older half.
 
-        Of those the one with most live neighbours: streams of neighbouring slots are computed together, others
-        one after the other (`batch.runs_of`).
+        Of those the one with most live neighbours: streams of neighbouring slots are computed together,
+        others one after the other (`batch.runs_of`).
         """
         free = list(self._free)
         empty = [slot for slot in free if not self.tokens(slot)]
