@@ -22,10 +22,10 @@ from lichen.devices.verdict import Candidate, broken, unattainable
 from lichen.errors import ConfigError
 
 SLOTS = (1, 2, 4, 8, 16, 32)
-BATCHES = (128, 256, 512)
+BATCHES = (64, 128, 256, 512)
 CHUNKS = (64, 256)
 DRAFTS = (0, 2, 4, 8)
-SPEED_KEPT = 0.9  # of the fastest: what the intents memory and battery may not go below
+SPEED_KEPT = 0.9  # of `pacemaker`: what the intents memory and battery may not go below
 PATIENCE_S = 1.0  # for a first token: less is not worth memory
 NEAR = 1.03
 ANSWER = 64  # tokens of an answer that somebody reads before the rest counts for latency
@@ -161,9 +161,9 @@ def best(candidates: Sequence[Candidate], intents: Sequence[Intent]) -> Candidat
 
     Of what is left then, the one that takes the least memory and work and lets nobody wait for long.
     """
-    fastest = max(one.prediction.rate for one in candidates)
     left = list(candidates)
     for intent in intents:
+        fastest = pacemaker(candidates, intent)
         costs = {id(one): cost(one.prediction, intent, fastest) for one in left}
         least = min(costs.values())
         left = [one for one in left if costs[id(one)] <= NEAR * least]
@@ -175,8 +175,18 @@ def best(candidates: Sequence[Candidate], intents: Sequence[Intent]) -> Candidat
     return min(left, key=burden)
 
 
+def pacemaker(candidates: Sequence[Candidate], intent: Intent) -> float:
+    """The rate, in tokens a second, that an intent measures slowness by: of the fastest plan.
+
+    Who saves memory wants no larger copy of the file to be the measure, so there only plans that run the file
+    as it is count, if there are any.
+    """
+    as_it_is = [one for one in candidates if one.plan.layout == "source"] if intent == "memory" else []
+    return max(one.prediction.rate for one in as_it_is or candidates)
+
+
 def cost(found: Prediction, intent: Intent, fastest: float) -> float:
-    """What an intent wants little of. fastest: the rate of the fastest plan, in tokens a second."""
+    """What an intent wants little of. fastest: as `pacemaker` has it."""
     slow = max(1.0, SPEED_KEPT * fastest / found.rate)
     answer = found.ttft + ANSWER * found.itl
     match intent:

@@ -22,7 +22,7 @@ from lichen.devices.drift import Hysteresis, Window, slowdown, stricter
 from lichen.devices.intent import Objectives
 from lichen.devices.load import Load
 from lichen.devices.pace import Plan
-from lichen.devices.plan import choose, cost
+from lichen.devices.plan import choose, cost, pacemaker
 from lichen.devices.verdict import Candidate, broken
 from lichen.errors import ConfigError, LichenError, OutOfMemory
 from lichen.planning import Planned, plan_for, with_plan
@@ -158,7 +158,7 @@ class Replanning:
         except ConfigError as error:
             log.info("The plan stays: %s", error)
             return
-        fastest = max(present.prediction.rate, better.prediction.rate)
+        fastest = pacemaker((present, better), intents[0])
         costs = [cost(one.prediction, intents[0], fastest) for one in (present, better)]
         kept = not broken(present, objectives)
         if self._hysteresis.ready(better.plan, costs[0] if kept else math.inf, costs[1], now):
