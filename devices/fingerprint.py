@@ -5,8 +5,8 @@ once (embedding, output, start-up) is the rest, and the whole model follows on a
 bytes of its layers. A `Task` is one thing to measure, a sample its value for each of the lengths, in
 seconds or bytes; a `Record` keeps all samples, so that an interrupted fingerprint goes on where it was.
 
-Of several samples the lower quartile counts for each length: other programs only ever add time, and the
-least of all is a luck that does not come again. Small micro-measurements in place of whole profiles follow
+A sample is the median of some steps, since answers take what steps take in the mean. Of several samples the
+lower quartile counts for each length: other programs only ever add time, and the least is a luck. Small micro-measurements in place of whole profiles follow
 iServe (arXiv 2501.13111). Not covered: layers of different kinds, of which the first ones stand for the rest.
 """
 
@@ -23,7 +23,7 @@ import msgspec
 from lichen.devices.curves import Curve, Fingerprint, KVCost, ThreadCurve
 from lichen.errors import ConfigError
 
-VERSION = 1  # of a record; a change makes all that was measured unknown
+VERSION = 2  # of a record; a change makes all that was measured unknown
 WIDTHS = (1, 2, 4, 8, 16)  # sequences that decode one token each
 CHUNKS = (32, 128, 512)  # tokens of a prompt
 DEPTHS = (0, 1024, 2048)  # cells that a sequence holds already

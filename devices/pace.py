@@ -22,6 +22,7 @@ import msgspec
 from lichen.devices.curves import Fingerprint
 from lichen.devices.load import Load
 
+DELIVERY_S = 0.0004  # to draw a token and bring it to a client, on cores that steps fill (docs/log.md)
 ROUND_TRIP_S = 0.004  # from the end of an answer until the same user's next request is there
 _UNLIKELY = 1e-4
 _LATE = 0.95
@@ -89,9 +90,10 @@ class Steps:
         plan, load = self.plan, self.load
         drawn = streams * (1 + plan.draft)
         attended = drawn * (load.prompt + load.answer / 2) + prompt * (load.shared + load.fresh / 2)
-        return self._fingerprint.seconds(
+        step = self._fingerprint.seconds(
             drawn + prompt, threads=plan.threads, rows=drawn, attended=attended, kv_type=plan.kv_type
         )
+        return step + streams * self._gain * DELIVERY_S
 
     def prompt(self, chunk: int) -> float:
         """A whole prompt by itself, in chunks of at most so many tokens."""

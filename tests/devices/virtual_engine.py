@@ -13,7 +13,7 @@ from unittest.mock import Mock
 
 from lichen.devices.curves import Fingerprint
 from lichen.devices.load import Load
-from lichen.devices.pace import ROUND_TRIP_S, Plan
+from lichen.devices.pace import DELIVERY_S, ROUND_TRIP_S, Plan
 from lichen.runtime.generation import Mailbox
 from lichen.runtime.scheduler import Budget, Chunk, Scheduler
 from lichen.runtime.sequence import SamplingOptions, Sequence
@@ -134,10 +134,11 @@ class VirtualEngine:
                 yield by_id[chunk.sequence.id]
 
     def _seconds(self, chunks: list[Chunk]) -> float:
-        return self._fingerprint.seconds(
+        drawn = sum(chunk.completes for chunk in chunks)
+        return drawn * DELIVERY_S + self._fingerprint.seconds(
             sum(chunk.count for chunk in chunks),
             threads=self._plan.threads,
-            rows=sum(chunk.completes for chunk in chunks),
+            rows=drawn,
             attended=sum(chunk.count * (chunk.start + (chunk.count + 1) / 2) for chunk in chunks),
             kv_type=self._plan.kv_type,
         )
