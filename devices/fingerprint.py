@@ -6,8 +6,9 @@ bytes of its layers. A `Task` is one thing to measure, a sample its value for ea
 seconds or bytes; a `Record` keeps all samples, so that an interrupted fingerprint goes on where it was.
 
 A sample is the median of some steps, since answers take what steps take in the mean. Of several samples the
-lower quartile counts for each length: other programs only ever add time, and the least is a luck. Small micro-measurements in place of whole profiles follow
-iServe (arXiv 2501.13111). Not covered: layers of different kinds, of which the first ones stand for the rest.
+lower quartile counts for each length: other programs only ever add time, and the least is a luck. Small
+micro-measurements in place of whole profiles follow iServe (arXiv 2501.13111). Not covered: layers of
+different kinds, of which the first ones stand for the rest.
 """
 
 from __future__ import annotations
