@@ -14,7 +14,7 @@ from bench.table import Rows, number
 from lichen.devices.cost import Prediction
 from lichen.devices.intent import INTENTS, Intent, Objectives
 from lichen.devices.pace import Plan
-from lichen.devices.plan import best, cost, pareto
+from lichen.devices.plan import best, cost, pacemaker, pareto
 from lichen.devices.verdict import Candidate, broken
 
 METRICS = ("ttft", "itl", "rate", "memory")
@@ -76,7 +76,7 @@ def picks(runs: Sequence[dict[str, Any]], loads: Sequence[str]) -> list[dict[str
 def _pick(pairs: Sequence[tuple[Candidate, Candidate]], intent: Intent) -> dict[str, Any]:
     predicted = [one for one, _ in pairs]
     measured = {one.plan: one.prediction for _, one in pairs}
-    fastest = max(one.rate for one in measured.values())
+    fastest = pacemaker([one for _, one in pairs], intent)
     costs = {plan: cost(found, intent, fastest) for plan, found in measured.items()}
     chosen = best(pareto(predicted), [intent]).plan
     least = min(costs, key=costs.__getitem__)
