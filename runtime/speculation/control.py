@@ -28,6 +28,7 @@ from lichen.runtime.speculation.drafter import MAX_DRAFT
 
 GROWTH = 2  # no micro-batch is wider than so many times the widest that was measured, plus one
 MARGIN = 1.02  # a step with drafts must promise at least so much more than a plain one
+CROWD = 0.02  # and so much more for each further sequence: what many drafts cost together is less certain
 STRETCH = 2.0  # and take at most so many plain steps where a neighbour without a draft waits for it
 INCOME = 0.008  # of a plain step that the purse earns with each step
 LOAN = 3.0  # plain steps that it begins with
@@ -152,7 +153,7 @@ class Controller:
             payable = [(tokens, seconds) for tokens, seconds in options if seconds <= spare]
             if not payable:
                 break
-            if any((n + tokens) * plain >= MARGIN * n * (plain + seconds) for tokens, seconds in payable):
+            if any((n + tokens) * plain >= _margin(n) * n * (plain + seconds) for tokens, seconds in payable):
                 most = k
         return most
 
@@ -164,7 +165,7 @@ class Controller:
             return taken
         sums = [list(accumulate(offer.chances)) for offer in offers]  # tokens to expect by length
         chosen: list[_Pick] = []
-        best = MARGIN * n / plain
+        best = _margin(n) * n / plain
         rate = n / plain
         for _ in range(ROUNDS):  # what is worth its time at this rate makes a better one
             picks = self._affordable(self._worth(runs, sums, rate), plain, n, room)
@@ -235,7 +236,7 @@ class Controller:
         plain, n = self.costs.total(runs), sum(runs)
         if not plain:
             return 0, 0.0
-        best, chosen, tokens = MARGIN * n / plain, 0, float(n)
+        best, chosen, tokens = _margin(n) * n / plain, 0, float(n)
         for k, chance in enumerate(chances[: max(0, room)], 1):
             tokens += chance
             more = self._alone(run, k)
@@ -279,3 +280,7 @@ class Controller:
         """Seconds that one sequence's draft adds at best."""
         together = self._added(run, k) / run
         return together if run == 1 else min(together, self._seconds(k))
+
+
+def _margin(sequences: int) -> float:
+    return MARGIN + CROWD * (sequences - 1)
