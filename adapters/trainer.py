@@ -159,9 +159,7 @@ class Run:
             speed = step.tokens / (now - started)
             told = Stepped(trainer.step, step.epoch, step.loss, step.rate, step.norm, speed, left, step.kept)
             self.tell(told)
-            if (
-                trainer.step == trainer.steps // 2 and not self.task.prune
-            ):  # pruned at the end, it has no match
+            if trainer.step == trainer.steps // 2 and not self.task.prune:  # a pruned end has no match in it
                 self._write(trainer, self.folder / MIDDLE)  # before a checkpoint is past it
             if self._measures_at(trainer):
                 self.tell(trainer.measure(f"step {trainer.step}"))

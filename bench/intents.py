@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.certificate import certificate, close_certificate, model_file, save
+from bench.certificate import certificate, close_certificate, model_file
+from bench.command import carry_out
 from bench.flags import server_flags
 from bench.intent_tables import AIMS, METRICS, conclude, intent_rows, verdict_rows
 from bench.measure import measure, warm_up
@@ -44,7 +44,6 @@ from bench.scenarios import Prompts, Scenario, write_prompts
 from bench.server import free_port, run_to_end, running
 from bench.table import aligned
 from lichen.devices.wish import parts_of, wish
-from lichen.errors import LichenError
 from lichen.planning import Asked, plan_for
 from lichen.quant.divergence import Tally
 from lichen.runtime.layouts import SOURCE
@@ -92,26 +91,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags.add_argument("--quick", action="store_true", help="one run with few requests")
     flags.add_argument("--publish", action="store_true", help="also write the table of docs/")
     options = flags.parse_args(arguments)
-    try:
-        record = _measure_all(options)
-    except LichenError as error:
-        print(error, file=sys.stderr)
-        return 1
-    path = save(record)
-    print(aligned(intent_rows(record)))
-    print(aligned(verdict_rows(record)))
-    if options.publish:
-        from bench.report import publish
+    return carry_out(
+        "intents",
+        options,
+        _measure_all,
+        tables=lambda record: [aligned(intent_rows(record)), aligned(verdict_rows(record))],
+        line=_line,
+    )
 
-        publish([path])
-    line = {
+
+def _line(record: dict[str, Any]) -> dict[str, Any]:
+    medians = {
         intent: {
             rival: {name: one["median"] for name, one in cells.items()} for rival, cells in rivals.items()
         }
         for intent, rivals in record["ratios"].items()
     }
-    print(json.dumps({"bench": "intents", "result": path.name, "status": record["status"], "ratios": line}))
-    return 0 if record["status"] == "ok" else 1
+    return {"status": record["status"], "ratios": medians}
 
 
 def _measure_all(options: argparse.Namespace) -> dict[str, Any]:

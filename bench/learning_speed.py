@@ -24,7 +24,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from bench.certificate import certificate, close_certificate, model_file, save
+from bench.certificate import certificate, close_certificate, model_file
+from bench.command import carry_out
 from bench.flags import model_flags
 from bench.learning_side import SIDES, SpeedJob, lora_of
 from bench.learning_tables import learning_speed_rows
@@ -34,7 +35,6 @@ from bench.table import aligned
 from bench.taught import Schoolbook
 from lichen.adapters.course import Course
 from lichen.adapters.task import Keeping, Task
-from lichen.errors import LichenError
 
 FASTER, MEMORY = 1.8, 0.45  # what lichen must reach beside PEFT
 SAME_LOSS, SAME_LOGITS = 1e-3, 1e-2  # share of the first loss; largest difference of a logit
@@ -56,16 +56,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags.add_argument("--sides", default=",".join(SIDES), help="which; lichen must be among them")
     flags.add_argument("--no-save", action="store_true", help="write no result")
     options = flags.parse_args(arguments)
-    try:
-        record = _measure(options)
-    except LichenError as error:
-        print(error, file=sys.stderr)
-        return 1
-    name = None if options.no_save else save(record).name
-    print(aligned(learning_speed_rows(record), left=1))
-    line = {key: record[key] for key in ("status", "first", "ratios", "aims")}
-    print(json.dumps({"bench": "learning_speed", "result": name, **line}))
-    return 0 if all(record["aims"].values()) else 1
+    return carry_out(
+        "learning_speed",
+        options,
+        _measure,
+        tables=lambda record: [aligned(learning_speed_rows(record), left=1)],
+        line=lambda record: {key: record[key] for key in ("status", "first", "ratios", "aims")},
+        good=lambda record: all(record["aims"].values()),
+    )
 
 
 def _measure(options: Namespace) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import random
 import sys
 import time
@@ -18,7 +17,8 @@ from typing import Any
 
 import msgspec
 
-from bench.certificate import certificate, close_certificate, model_file, save
+from bench.certificate import certificate, close_certificate, model_file
+from bench.command import carry_out
 from bench.flags import model_flags
 from bench.foretold import error_rows, errors, pick_rows, picks, plan_of, search_seconds
 from bench.measure import warm_up
@@ -31,7 +31,6 @@ from bench.traffic import Reckoning, Traffic, drive, reckon
 from lichen.devices.cost import predict
 from lichen.devices.fingerprint import thread_counts
 from lichen.devices.pace import Plan
-from lichen.errors import LichenError
 
 LOADS = {
     one.name: one
@@ -65,18 +64,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = flags.parse_args(arguments)
     if options.quick:
         options.budget = min(options.budget, QUICK_BUDGET)
-    try:
-        record = _measure_all(options)
-    except LichenError as error:
-        print(error, file=sys.stderr)
-        return 1
-    path = save(record)
-    print(aligned(error_rows(record), left=1))
-    print(aligned(pick_rows(record), left=2))
-    if options.publish:
-        from bench.report import publish
+    return carry_out(
+        "predictions",
+        options,
+        _measure_all,
+        tables=lambda record: [aligned(error_rows(record), left=1), aligned(pick_rows(record), left=2)],
+        line=_told,
+    )
 
-        publish([path])
+
+def _told(record: dict[str, Any]) -> dict[str, Any]:
     kept = sum(one["kept"] for one in record["picks"])
     line = {
         "pairs": len(record["runs"]),
@@ -86,10 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "picks_near_best": [kept, len(record["picks"])],
         "search": record["search"],
     }
-    print(
-        json.dumps({"bench": "predictions", "result": path.name, "status": record["status"], "ratios": line})
-    )
-    return 0 if record["status"] == "ok" else 1
+    return {"status": record["status"], "ratios": line}
 
 
 def _measure_all(options: argparse.Namespace) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -29,7 +28,8 @@ from typing import Any
 import msgspec
 import psutil
 
-from bench.certificate import certificate, close_certificate, model_file, save
+from bench.certificate import certificate, close_certificate, model_file
+from bench.command import carry_out
 from bench.flags import model_flags
 from bench.measure import warm_up
 from bench.numbers import median, percentile, rounded
@@ -55,7 +55,6 @@ from lichen.devices.intent import Intent, Objectives
 from lichen.devices.load import Load
 from lichen.devices.plan import Space, choose
 from lichen.devices.verdict import Candidate
-from lichen.errors import LichenError
 from lichen.planning import process_bytes
 from lichen.quant.gguf_check import check_gguf
 
@@ -72,21 +71,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _flags().parse_args(arguments)
     if options.quick:
         options.scale, options.neighbour = min(options.scale, 0.1), False
-    try:
-        record = _measure_all(options)
-    except LichenError as error:
-        print(error, file=sys.stderr)
-        return 1
-    path = save(record)
-    print(aligned(phase_rows(record)))
-    print(aligned(server_rows(record), left=1))
-    if options.publish:
-        from bench.report import publish
-
-        publish([path])
-    line = {"status": record["status"], "ratios": record["ratios"], "dropped": record["dropped"]}
-    print(json.dumps({"bench": "replanning", "result": path.name, **line}))
-    return 0 if record["status"] == "ok" else 1
+    return carry_out(
+        "replanning",
+        options,
+        _measure_all,
+        tables=lambda record: [aligned(phase_rows(record)), aligned(server_rows(record), left=1)],
+        line=lambda record: {key: record[key] for key in ("status", "ratios", "dropped")},
+    )
 
 
 def _flags() -> argparse.ArgumentParser:

@@ -8,24 +8,22 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from bench import peer as peers
-from bench.certificate import certificate, close_certificate, model_file, save
+from bench.certificate import certificate, close_certificate, model_file
+from bench.command import carry_out
 from bench.flags import server_flags
 from bench.measure import measure, warm_up
 from bench.numbers import dig, median, paired_ratio, rounded
 from bench.peer import BenchError, Peer, Settings
 from bench.prompts import PromptBook, data_folder
-from bench.report import publish
 from bench.scenarios import Prompts, Scenario, choose, write_prompts
 from bench.server import free_port, run_to_end, running
 from bench.table import aligned, serving_rows
-from lichen.errors import LichenError
 
 METRICS: dict[str, tuple[str, ...]] = {
     "tokens_per_second": ("tokens_per_second",),
@@ -44,17 +42,13 @@ METRICS: dict[str, tuple[str, ...]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the table and one JSON line of ratios, write the result. 1 when anything failed."""
     options = _parse(arguments)
-    try:
-        record = _measure_all(options)
-    except LichenError as error:
-        print(error, file=sys.stderr)
-        return 1
-    path = save(record)
-    print(aligned(serving_rows(record)))
-    if options.publish:
-        publish([path])
-    print(json.dumps({"bench": "serving", "result": path.name, "ratios": _medians_only(record["ratios"])}))
-    return 0 if record["status"] == "ok" else 1
+    return carry_out(
+        "serving",
+        options,
+        _measure_all,
+        tables=lambda record: [aligned(serving_rows(record))],
+        line=lambda record: {"ratios": _medians_only(record["ratios"])},
+    )
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

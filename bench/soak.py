@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench import peer as peers
-from bench.certificate import certificate, close_certificate, model_file, save
+from bench.certificate import certificate, close_certificate, model_file
+from bench.command import carry_out
 from bench.mix import ANSWER_LIMIT_S, fault, times, work
 from bench.numbers import percentile
 from bench.peer import BenchError, Settings
@@ -27,7 +28,6 @@ from bench.server import Server, free_port, run_to_end, running
 from bench.stream import StreamError, exchange, parse_response, request_bytes
 from bench.table import aligned, soak_rows
 from lichen.devices.probe import probe
-from lichen.errors import LichenError
 
 FAULTS_KEPT = 20
 IDLE_LIMIT_S = 30.0
@@ -47,16 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags.add_argument("--context", type=int, default=2048, help="tokens of one client")
     flags.add_argument("--no-save", action="store_true", help="write no result")
     options = flags.parse_args(arguments)
-    try:
-        record = _measure(options)
-    except LichenError as error:
-        print(error, file=sys.stderr)
-        return 1
-    name = None if options.no_save else save(record).name
-    print(aligned(soak_rows(record), left=1))
-    line = {key: record[key] for key in ("status", "requests", "left_behind", "faults", "drift")}
-    print(json.dumps({"bench": "soak", "result": name, **line}))
-    return 0 if record["status"] == "ok" else 1
+    told = ("status", "requests", "left_behind", "faults", "drift")
+    return carry_out(
+        "soak",
+        options,
+        _measure,
+        tables=lambda record: [aligned(soak_rows(record), left=1)],
+        line=lambda record: {key: record[key] for key in told},
+    )
 
 
 def _measure(options: argparse.Namespace) -> dict[str, Any]:
