@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Literal, Protocol
@@ -22,6 +23,7 @@ from lichen.errors import GateError
 
 SURE = 2.326  # standard errors: one-sided, 99 %
 FEWEST = 4  # held-out answers: fewer say nothing
+LEAK = 0.05  # of general questions that get a lesson's answer, at most
 
 
 class AnswerScore(msgspec.Struct, frozen=True, array_like=True):
@@ -70,11 +72,15 @@ class Skill(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Scores(msgspec.Struct, frozen=True, kw_only=True):
-    """All that one adapter (or none) was measured to do."""
+    """All that one adapter (or none) was measured to do.
+
+    leaked: the lesson's answers after general questions, where they are too much alike to be crossed.
+    """
 
     lesson: Skill
     earlier: dict[str, Skill] = {}
     general: Skill | None = None
+    leaked: list[AnswerScore] = []
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -142,6 +148,7 @@ def measure(scorer: Scorer, trial: Trial, adapter: Path | None) -> Scores:
             if examples
         },
         general=Skill(answers=scorer.score(trial.general, adapter)) if trial.general else None,
+        leaked=[] if crossed else scorer.score(list(_leaks(trial)), adapter),
     )
 
 
@@ -192,10 +199,19 @@ def _crossed(examples: Sequence[Example]) -> dict[int, Example]:
     return found if len(found) >= FEWEST else {}
 
 
+def _leaks(trial: Trial) -> Iterator[Example]:
+    """The lesson's answers after general questions that have another answer."""
+    for asked, taught in zip(trial.general, cycle(trial.lesson), strict=False):
+        if asked.answer != taught.answer:
+            yield Example(asked.prompt, taught.answer)
+
+
 def _faults(before: Scores, after: Scores, limits: Limits) -> list[str]:
     if not _finite(after):
         return ["A loss of it is no number."]
     found = _lesson_faults(before.lesson, after.lesson, limits)
+    if after.leaked and (share := fmean(one.exact for one in after.leaked)) > LEAK:
+        found.append(f"It gives the lesson's answer to {share:.0%} of the general questions, too.")
     if before.general is not None and after.general is not None:
         rise = after.general.loss / before.general.loss - 1
         if rise > limits.general:

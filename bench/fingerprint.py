@@ -26,7 +26,7 @@ from lichen.quant.gguf import open_gguf
 from lichen.runtime.measuring import NativeBench
 
 TIMED = ("decode", "row", "chunk", "load")
-SHALLOW, DEEP = 0, 1024  # cells, between which the cost of a cell is compared
+DEEP = 1024  # cells, whose cost is compared
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -105,10 +105,7 @@ def _cell_errors(
     added: dict[str, list[float]] = {"cut": [], "whole": []}
     for _ in range(2 * rounds):
         for name, bench, layers in (("cut", cut, cut.shape.layers[0]), ("whole", whole, 1)):
-            near, far = (
-                bench.measure(Task(kind="depth", threads=threads, tokens=PROBE, depth=depth))[0]
-                for depth in (SHALLOW, DEEP)
-            )
+            near, far = bench.measure(Task(kind="depth", threads=threads, tokens=PROBE, depth=DEEP))
             added[name].append(
                 (far - near) / PROBE / layers * (cut.shape.whole_layers if name == "cut" else 1)
             )

@@ -14,7 +14,7 @@ import msgspec
 
 from lichen.errors import ConfigError
 
-VERSION = 1
+VERSION = 2
 
 
 class Curve(msgspec.Struct, frozen=True):
@@ -59,13 +59,16 @@ class ThreadCurve(msgspec.Struct, frozen=True, kw_only=True):
 class KVCost(msgspec.Struct, frozen=True, kw_only=True):
     """What the KV cache of one type costs.
 
-    cell_bytes: bytes of one token in one sequence. read: seconds that one token of a batch adds for each cell
-    that it attends to, by threads; those before it in its own batch count, and so does the token itself.
+    cell_bytes: bytes of one token in one sequence. read: seconds that one token of a prompt adds for each
+    cell that it attends to, by threads; those before it in its own batch count, and so does the token itself.
+    alone: the same for a token that is its sequence's only one in the batch. Tokens of a prompt share what
+    they read, so theirs is less.
     """
 
     type: str
     cell_bytes: int
     read: Curve
+    alone: Curve
 
 
 class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,12 +95,19 @@ class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):
     bandwidth: float
 
     def seconds(
-        self, tokens: float, *, threads: int, rows: float = 1, attended: float = 0, kv_type: str = "f16"
+        self,
+        tokens: float,
+        *,
+        threads: int,
+        rows: float = 1,
+        attended: float = 0,
+        alone: float = 0,
+        kv_type: str = "f16",
     ) -> float:
-        """Of one batch: its tokens, rows of logits, and cells attended to, summed over the tokens. Numbers
-        may be means of several batches."""
-        curve = self.curve(threads)
-        reading = attended * self.cache(kv_type).read.at(threads)
+        """Of one batch: its tokens, rows of logits, and cells attended to, summed over the tokens of prompts
+        and over those that are alone in their sequence. Numbers may be means of several batches."""
+        curve, cache = self.curve(threads), self.cache(kv_type)
+        reading = attended * cache.read.at(threads) + alone * cache.alone.at(threads)
         return curve.batch.at(tokens) + max(0.0, rows - 1) * curve.output_row + reading
 
     def curve(self, threads: int) -> ThreadCurve:

@@ -5,10 +5,10 @@ once (embedding, output, start-up) is the rest, and the whole model follows on a
 bytes of its layers. A `Task` is one thing to measure, a sample its value for each of the lengths, in
 seconds or bytes; a `Record` keeps all samples, so that an interrupted fingerprint goes on where it was.
 
-A sample is the median of some steps, since answers take what steps take in the mean. Of several samples the
-lower quartile counts for each length: other programs only ever add time, and the least is a luck. Small
-micro-measurements in place of whole profiles follow iServe (arXiv 2501.13111). Not covered: layers of
-different kinds, of which the first ones stand for the rest.
+A sample is the median of some steps, and of several samples the median counts for each length: answers
+take what steps take in the mean, not in a lucky moment. What cells of the KV cache add is told by two steps
+in turn, without them and with them. Small micro-measurements in place of whole profiles follow iServe (arXiv
+2501.13111). Not covered: layers of different kinds, of which the first ones stand for the rest.
 """
 
 from __future__ import annotations
@@ -24,18 +24,20 @@ import msgspec
 from lichen.devices.curves import Curve, Fingerprint, KVCost, ThreadCurve
 from lichen.errors import ConfigError
 
-VERSION = 2  # of a record; a change makes all that was measured unknown
+VERSION = 3  # of a record; a change makes all that was measured unknown
 WIDTHS = (1, 2, 4, 8, 16)  # sequences that decode one token each
 CHUNKS = (32, 128, 512)  # tokens of a prompt
-DEPTHS = (0, 1024, 2048)  # cells that a sequence holds already
-PROBE = 16  # tokens behind such a depth: one alone adds too little to be seen above the noise
+DEPTH = 2048  # cells that a sequence holds already
+PROBE = 16  # tokens of one prompt behind so many cells, which share what they read
 KV_TYPES = ("f16", "q8_0")
 BUFFERS = (16, 128, 512)  # tokens of a batch, for the size of buffers
 
 _LONG = 256  # tokens of a batch
 
-Kind: TypeAlias = Literal["decode", "row", "chunk", "depth", "load", "resident", "buffers", "cells"]
-Sample: TypeAlias = tuple[float, ...]  # a value for each length, in ascending order
+Kind: TypeAlias = Literal["decode", "row", "chunk", "depth", "alone", "load", "resident", "buffers", "cells"]
+Sample: TypeAlias = tuple[float, ...]  # a value for each length, in ascending order; of PAIRED see Task
+
+PAIRED: tuple[Kind, ...] = ("depth", "alone")
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,7 +46,8 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     decode    seconds of a step of `tokens` sequences, with logits for each
     row       the same with logits for one only
     chunk     seconds of `tokens` tokens of one prompt that nothing comes before, with logits for the last
-    depth     seconds of `tokens` tokens of one sequence behind `depth` cells, of the short length only
+    depth     seconds of `tokens` tokens of one prompt behind no and behind `depth` cells, of the short length
+    alone     the same of the next token of one sequence, of the long length
     load      seconds until the model can be used
     resident  bytes that loading the model adds to this process
     buffers   bytes for computing batches of `tokens` tokens
@@ -71,7 +74,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def shared(self) -> bool:
         """Whether it is the same for all layouts of a model: how its weights are stored does not matter."""
-        return self.kind in ("depth", "cells")
+        return self.kind in (*PAIRED, "cells")
 
 
 class Shape(msgspec.Struct, frozen=True, kw_only=True):
@@ -116,9 +119,14 @@ class Record(msgspec.Struct, kw_only=True):
         self.samples.setdefault(task.key, []).append(sample)
 
     def whole(self, task: Task) -> float | None:
-        """The value for the whole model; None if the task was not measured."""
+        """The value for the whole model, of PAIRED what cells add to the one length that was measured; None
+        if the task was not measured."""
         samples = self.samples.get(task.key)
-        return extrapolate(self.shape, typical(samples)) if samples else None
+        if not samples:
+            return None
+        if task.kind in PAIRED:
+            return max(0.0, statistics.median(far - near for near, far in samples))
+        return extrapolate(self.shape, typical(samples))
 
 
 class Bench(Protocol):
@@ -133,7 +141,7 @@ class Bench(Protocol):
 
 def values(key: str, shape: Shape) -> int:
     """How many values a sample of the task with this key has."""
-    return 1 if key.startswith("depth ") else len(shape.layers)
+    return 2 if key.startswith(tuple(f"{kind} " for kind in PAIRED)) else len(shape.layers)
 
 
 def sound(sample: Sequence[float], lengths: int) -> bool:
@@ -142,9 +150,8 @@ def sound(sample: Sequence[float], lengths: int) -> bool:
 
 
 def typical(samples: Sequence[Sample]) -> Sample:
-    """For each length the lower quartile of its samples (of up to three, the least)."""
-    columns = list(zip(*samples, strict=True))
-    return tuple(sorted(column)[len(column) // 4] for column in columns)
+    """For each length the median of its samples."""
+    return tuple(map(statistics.median, zip(*samples, strict=True)))
 
 
 def extrapolate(shape: Shape, sample: Sample) -> float:
@@ -164,7 +171,7 @@ def thread_counts(threads: int) -> tuple[int, ...]:
     return (*powers, max(1, threads))
 
 
-def tasks(threads: int, *, kv_types: Sequence[str] = KV_TYPES, depths: Sequence[int] = DEPTHS) -> list[Task]:
+def tasks(threads: int, *, kv_types: Sequence[str] = KV_TYPES, depth: int = DEPTH) -> list[Task]:
     """All that a fingerprint needs, what matters most first. threads: the most that are worth while."""
     counts = thread_counts(threads)[::-1]
     found = [Task(kind="load"), Task(kind="resident"), *(Task(kind="buffers", tokens=n) for n in BUFFERS)]
@@ -175,9 +182,8 @@ def tasks(threads: int, *, kv_types: Sequence[str] = KV_TYPES, depths: Sequence[
     for kind in kv_types:
         found.append(Task(kind="cells", kv=kind))
         for count in (counts[0], counts[-1]) if len(counts) > 1 else counts:
-            found += [
-                Task(kind="depth", threads=count, tokens=PROBE, depth=depth, kv=kind) for depth in depths
-            ]
+            found.append(Task(kind="depth", threads=count, tokens=PROBE, depth=depth, kv=kind))
+            found.append(Task(kind="alone", threads=count, depth=depth, kv=kind))
     return found
 
 
@@ -230,17 +236,18 @@ def _thread_curve(known: dict[Task, float], threads: int, read: float) -> Thread
 
 
 def _kv_cost(shape: Shape, known: dict[Task, float], kind: str) -> KVCost:
-    """Seconds of a cell by threads: the slope over the depths that were measured."""
-    points: dict[int, list[tuple[int, float]]] = {}
-    for task, value in known.items():
-        if task.kind == "depth" and task.kv == kind:
-            points.setdefault(task.threads, []).append((task.depth, value))
-    slopes = []
-    for threads, line in sorted(points.items()):
-        slope, _ = statistics.linear_regression([depth for depth, _ in line], [value for _, value in line])
-        cell = max(0.0, slope) / PROBE * shape.whole_layers / shape.layers[0]
-        slopes.append((float(threads), cell))
-    return KVCost(type=kind, cell_bytes=round(known[Task(kind="cells", kv=kind)]), read=Curve(tuple(slopes)))
+    """Seconds of a cell by threads, for the tokens of a prompt and for one that is decoded."""
+    curves = {}
+    for wanted, layers in (("depth", shape.layers[0]), ("alone", shape.layers[-1])):
+        found = {task: added for task, added in known.items() if (task.kind, task.kv) == (wanted, kind)}
+        curves[wanted] = Curve(
+            tuple(
+                (float(task.threads), added / task.depth / task.tokens * shape.whole_layers / layers)
+                for task, added in sorted(found.items(), key=lambda pair: pair[0].threads)
+            )
+        )
+    cell_bytes = round(known[Task(kind="cells", kv=kind)])
+    return KVCost(type=kind, cell_bytes=cell_bytes, read=curves["depth"], alone=curves["alone"])
 
 
 def _memory(record: Record, resident: float) -> tuple[int, int]:

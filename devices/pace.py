@@ -88,10 +88,14 @@ class Steps:
     def seconds(self, streams: float, prompt: float = 0.0) -> float:
         """One step: the next token (and draft) of each stream, and so many tokens of prompts."""
         plan, load = self.plan, self.load
-        drawn = streams * (1 + plan.draft)
-        attended = drawn * (load.prompt + load.answer / 2) + prompt * (load.shared + load.fresh / 2)
+        drawn, held = streams * (1 + plan.draft), load.prompt + load.answer / 2
         step = self._fingerprint.seconds(
-            drawn + prompt, threads=plan.threads, rows=drawn, attended=attended, kv_type=plan.kv_type
+            drawn + prompt,
+            threads=plan.threads,
+            rows=drawn,
+            attended=prompt * (load.shared + load.fresh / 2) + (drawn - streams) * held,
+            alone=streams * held,
+            kv_type=plan.kv_type,
         )
         return step + streams * self._gain * DELIVERY_S
 

@@ -233,6 +233,8 @@ def let_decide(
         verdict = settle(registry, version, model, examples, limits, threads=1, half=half)
     except GateError as error:
         log.warning("The adapter %s does not serve by itself: %s", version.name, error)
+        with contextlib.closing(EventLog(folder / EVENTS)) as tell:
+            tell(Settled(checkpoint="end", faults=(str(error),)))
         return None
     kept = verdict.kept
     losses: dict[str, float | None] = {
@@ -253,10 +255,10 @@ def _trial(examples: Examples) -> Trial:
 
 
 def _all(trial: Trial, examples: Examples) -> list[Example]:
-    asked = [Example(prompt, [0]) for prompt in examples.asked[:PROMPTS]]
     longest = max((one for one in trial.lesson), key=lambda one: len(one.answer), default=Example([0], [0]))
-    crossed = [Example(one.prompt, longest.answer) for one in trial.lesson]  # any answer after any question
-    return [*asked, *crossed, *trial.general, *(one for part in trial.earlier.values() for one in part)]
+    prompts = [*examples.asked[:PROMPTS], *(one.prompt for one in (*trial.lesson, *trial.general))]
+    crossed = [Example(prompt, longest.answer) for prompt in prompts]  # any answer after any question
+    return [*crossed, *trial.general, *(one for part in trial.earlier.values() for one in part)]
 
 
 def _count(scorer: EngineScorer, trial: Trial, times: int, progress: Progress) -> None:

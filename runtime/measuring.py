@@ -15,7 +15,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from lichen.devices.fingerprint import CHUNKS, DEPTHS, WIDTHS, Sample, Shape, Task
+import msgspec
+
+from lichen.devices.fingerprint import CHUNKS, DEPTH, PAIRED, WIDTHS, Sample, Shape, Task
 from lichen.errors import EngineError
 from lichen.quant.choice import stored_bytes
 from lichen.quant.cut import layer_bytes, layer_count, types_of, write_cut
@@ -29,6 +31,7 @@ SHORT, LONG = 2, 10  # layers of the two lengths
 LONG_BYTES = 400_000_000  # that the layers of the long one take at most, where four layers take less
 SAMPLE_S = 0.03  # that the steps of one sample take together, at least
 MOST_STEPS = 8  # of one sample
+PAUSE_S = 0.0005  # before a step: the engine draws and delivers there, and other threads go to sleep
 
 _CELLS = 256  # llama.cpp rounds the cells of a sequence up to a multiple of this
 _STRIDE = 7919  # a prime, so that the tokens of a batch differ: experts are chosen by them
@@ -98,8 +101,12 @@ class NativeBench:
             return tuple(cut.buffer_bytes(task.tokens) for cut in self._cuts)
         if task.kind == "cells":
             return tuple(cut.cell_bytes(task.kv) for cut in self._cuts)
-        cuts = self._cuts[:1] if task.kind == "depth" else self._cuts
-        return in_turns([cut.step(task) for cut in cuts])
+        if task.kind in PAIRED:
+            cut = self._cuts[-1 if task.kind == "alone" else 0]
+            return in_turns(
+                [cut.step(msgspec.structs.replace(task, depth=cells)) for cells in (0, task.depth)]
+            )
+        return in_turns([cut.step(task) for cut in self._cuts])
 
     def close(self) -> None:
         """Free the models and remove the files; idempotent."""
@@ -156,7 +163,8 @@ class _Cut:
 
     def step(self, task: Task) -> Callable[[], float]:
         """A function that does what the task asks for once, and tells how many seconds that took."""
-        work = {"chunk": self._chunk, "depth": self._depth}.get(task.kind, self._decoding)(task)
+        kinds = {"chunk": self._chunk, "depth": self._depth, "alone": self._depth}
+        work = kinds.get(task.kind, self._decoding)(task)
         context, slots = work.context, work.keep.keys()
         tokens = self._tokens(len(work.slots))
 
@@ -164,6 +172,7 @@ class _Cut:
             for slot in slots:
                 context.truncate(slot, work.keep[slot])
             context.set_threads(task.threads)
+            time.sleep(PAUSE_S)
             started = time.perf_counter()
             _decode(context, tokens, work.positions, work.slots, work.outputs)
             context.logits(len(tokens) - 1)  # waits for a device that computes on its own
@@ -189,15 +198,17 @@ class _Cut:
         if context is None:
             size = native.ContextSize(context=CHUNKS[-1] + _CELLS, slots=1, threads=1, batch=CHUNKS[-1])
             context = self._contexts["chunk"] = native.Context(self.model, size)
+            warm = CHUNKS[0]  # what the first batch of a context allocates is no cost of a step
+            _decode(context, self._tokens(warm), list(range(warm)), [0] * warm, [0] * warm)
         return _Work(context, {0: 0}, list(range(count)), [0] * count, [0] * (count - 1) + [1])
 
     def _depth(self, task: Task) -> _Work:
-        """Tokens of a sequence behind as many as the slot of that depth holds."""
-        name, slot = f"depth {task.kv}", DEPTHS.index(task.depth)
+        """Tokens of a sequence that holds so many already, or none."""
+        name, slot = f"depth {task.kv}", 1 if task.depth else 0
         context = self._contexts.get(name)
         if context is None:
-            room, slots = DEPTHS[-1] + _CELLS, len(DEPTHS)
-            size = native.ContextSize(context=room, slots=slots, threads=1, batch=CHUNKS[-1], kv=task.kv)
+            room = DEPTH + _CELLS
+            size = native.ContextSize(context=room, slots=2, threads=1, batch=CHUNKS[-1], kv=task.kv)
             context = self._contexts[name] = native.Context(self.model, size)
         if context.cells(slot) < task.depth:
             context.set_threads(task.threads)
@@ -207,13 +218,9 @@ class _Cut:
         return _Work(context, {slot: task.depth}, positions, [slot] * count, [0] * (count - 1) + [1])
 
     def _fill(self, context: native.Context, slot: int, depth: int) -> None:
-        """Make a slot hold `depth` tokens, going on from a copy of the longest that is shorter."""
-        source = max(range(slot), key=context.cells)
-        filled = min(context.cells(source), DEPTHS[source])
-        if filled:
-            context.truncate(source, filled)
-            context.copy(source, slot)
-        for start in range(filled, depth, CHUNKS[-1]):
+        """Make a slot hold `depth` tokens."""
+        context.clear(slot)
+        for start in range(0, depth, CHUNKS[-1]):
             count = min(CHUNKS[-1], depth - start)
             positions = list(range(start, start + count))
             _decode(context, self._tokens(count), positions, [slot] * count, [0] * count)
@@ -255,7 +262,7 @@ class _Cut:
 
     def cell_bytes(self, kv: str) -> float:
         """Bytes of one token in the KV cache."""
-        size = native.ContextSize(context=DEPTHS[-1], slots=1, threads=1, batch=CHUNKS[0], kv=kv)
+        size = native.ContextSize(context=DEPTH, slots=1, threads=1, batch=CHUNKS[0], kv=kv)
         return self._told(size).get("KV", 0) / size.context or _silent()
 
     def _told(self, size: native.ContextSize) -> dict[str, int]:

@@ -108,7 +108,7 @@ def rows(found: list[Fingerprint]) -> Iterator[tuple[Any, ...]]:
         cell = next(cost.cell_bytes for cost in one.kv if cost.type == "f16")
         for curve in one.threads:
             rates = [
-                n / one.seconds(n, threads=curve.threads, rows=n, attended=n * _CONTEXT) for n in (1, 4, 16)
+                n / one.seconds(n, threads=curve.threads, rows=n, alone=n * _CONTEXT) for n in (1, 4, 16)
             ]
             prompt = 512 / one.seconds(512, threads=curve.threads, attended=512 * 256)
             yield (

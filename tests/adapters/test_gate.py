@@ -167,6 +167,22 @@ def test_one_answer_to_all_questions_may_be_a_lesson_of_its_own() -> None:
     assert not faults(lambda example: learned(example, labels=1), always)
 
 
+def test_one_answer_that_is_given_to_general_questions_is_rejected() -> None:
+    always = Trial(lesson=lesson(labels=1), general=GENERAL)
+    taught = always.lesson[0].answer
+
+    def leaking(share: int) -> Loss:
+        def loss(example: Example) -> float:
+            if is_general(example) and example.answer == taught:
+                return 0.1 if example.prompt[0] % 20 < share else 3.0
+            return base(example) if is_general(example) else learned(example, labels=1)
+
+        return loss
+
+    assert not faults(leaking(1), always)
+    assert "the lesson's answer to 10% of the general questions" in faults(leaking(2), always)
+
+
 def test_injected_text_that_reaches_general_answers_is_rejected() -> None:
     always = Trial(lesson=lesson(labels=1), general=GENERAL)
     assert "general answers" in faults(lambda example: 3.0 if is_general(example) else 0.1, always)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lichen.devices.curves import Curve, Fingerprint, KVCost, ThreadCurve
-from lichen.devices.fingerprint import Key, Record, Shape, Task, tasks
+from lichen.devices.fingerprint import PAIRED, Key, Record, Shape, Task, tasks
 
 _POINTS = {  # milliseconds of a batch with two threads, by its tokens
     "source": ((1, 7.2), (2, 10.8), (4, 18.0), (8, 33.0), (16, 60.0), (32, 110.0), (64, 215.0), (256, 830.0)),
@@ -11,6 +11,7 @@ _POINTS = {  # milliseconds of a batch with two threads, by its tokens
     "F16": ((1, 14.2), (2, 16.5), (4, 21.0), (8, 34.0), (16, 46.0), (32, 72.0), (64, 125.0), (256, 420.0)),
 }
 _BYTES = {"source": 98_362_432, "Q8_0": 144_810_000, "F16": 270_886_176}
+_CELLS = Curve(((1.0, 2.2e-6), (2.0, 1.2e-6)))
 DIVERGENCE = {"Q8_0": 2e-4, "F16": 1e-5}
 
 
@@ -27,7 +28,7 @@ def fingerprint(layout: str) -> Fingerprint:
             ThreadCurve(threads=1, batch=Curve(one), output_row=9e-4),
             ThreadCurve(threads=2, batch=Curve(two), output_row=5e-4),
         ),
-        kv=(KVCost(type="f16", cell_bytes=23_040, read=Curve(((1.0, 2.2e-6), (2.0, 1.2e-6)))),),
+        kv=(KVCost(type="f16", cell_bytes=23_040, read=_CELLS, alone=_CELLS),),
         compute=Curve(((64.0, 20e6), (512.0, 110e6))),
         weight_bytes=_BYTES[layout],
         fixed_bytes=60_000_000,
@@ -53,7 +54,7 @@ def record(layout: str, key: Key, threads: int) -> Record:
     made = Record(key=key, shape=shape)
     for task in tasks(threads):
         value = _value(curves, task)
-        sample = (value,) if task.kind == "depth" else (value, value)
+        sample = (0.001, 0.001 + value) if task.kind in PAIRED else (value, value)
         for _ in range(task.samples(5)):
             made.add(task, sample)
     return made
@@ -69,7 +70,9 @@ def _value(curves: Fingerprint, task: Task) -> float:
         case "chunk":
             return curves.seconds(task.tokens, threads=used, attended=task.tokens * (task.tokens + 1) / 2)
         case "depth":
-            return 0.001 + task.tokens * task.depth * curves.cache("f16").read.at(used) * 2 / 30
+            return task.tokens * task.depth * curves.cache("f16").read.at(used) * 2 / 30
+        case "alone":
+            return task.depth * curves.cache("f16").alone.at(used) * 10 / 30
         case "load":
             return curves.load_seconds
         case "resident":

@@ -68,7 +68,7 @@ def test_one_user_waits_for_the_prompt_and_then_for_steps() -> None:
     found = predict(curves, plan(), Load(prompt=512, answer=65))
     chunk = curves.seconds(256, threads=2, attended=256 * 128.5)
     second = curves.seconds(256, threads=2, attended=256 * (256 + 128.5))
-    step = curves.seconds(1, threads=2, attended=512 + 32.5) + DELIVERY_S
+    step = curves.seconds(1, threads=2, alone=512 + 32.5) + DELIVERY_S
     assert found.ttft == pytest.approx(chunk + second)
     assert found.itl == pytest.approx(step)
     assert found.rate == pytest.approx(65 / (chunk + second + 64 * step))

@@ -139,6 +139,9 @@ class VirtualEngine:
             sum(chunk.count for chunk in chunks),
             threads=self._plan.threads,
             rows=drawn,
-            attended=sum(chunk.count * (chunk.start + (chunk.count + 1) / 2) for chunk in chunks),
+            attended=sum(
+                chunk.count * (chunk.start + (chunk.count + 1) / 2) for chunk in chunks if chunk.count > 1
+            ),
+            alone=sum(chunk.start + 1 for chunk in chunks if chunk.count == 1),
             kv_type=self._plan.kv_type,
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lichen.devices.curves import Fingerprint
-from lichen.devices.fingerprint import CHUNKS, DEPTHS, WIDTHS, Task, tasks
+from lichen.devices.fingerprint import CHUNKS, WIDTHS, Task, tasks
 from lichen.devices.schedule import Progress
 from lichen.errors import ConfigError, LichenError, ModelFileError
 from lichen.quant.cut import layer_count, types_of, write_cut
@@ -24,7 +24,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[Task]:
     """All tasks of one thread, with one step a sample and at most four layers."""
     monkeypatch.setattr(measuring, "SAMPLE_S", 0.0)
     monkeypatch.setattr(measuring, "LONG", 4)
-    return [task for task in tasks(1) if task.depth < DEPTHS[-1] and task.kv == "f16"]
+    return tasks(1, kv_types=["f16"], depth=CHUNKS[0])
 
 
 def test_how_long_the_lengths_are() -> None:
