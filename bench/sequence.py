@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -25,7 +26,7 @@ from lichen.adapters.frozen import FrozenStates
 from lichen.adapters.lora import LoRALinear, adapted, attach
 from lichen.adapters.objectives import Rows, common_beginning, measure
 from lichen.adapters.prune import components, prune
-from lichen.adapters.recall import recall
+from lichen.adapters.recall import Recalled, recall
 from lichen.adapters.task import Example, Examples, Keeping, Task
 from lichen.adapters.train import Trainer
 from lichen.models.load import load_model
@@ -50,12 +51,18 @@ class Lessons:
         self.test = [book.banking("test", intents=group)[:measured] for group in groups]
         self.train.append(book.sums("train", seed=seed)[:lessons])
         self.test.append(book.final_numbers("test")[:measured])
-        base = load_model(model)
-        ends = frozenset(book.ends)
-        self.recalled = recall(base, book.asked(), ends=ends, length=48, seed=seed)
-        self.recalled_examples = [one.example for one in self.recalled[:EARLIER]]
-        self.general = [one.example for one in recall(base, book.questions(32), ends=ends, length=48, seed=1)]
+        self._model, self._seed, self._ends = model, seed, frozenset(book.ends)
+        self._asked, questions = book.asked(), book.questions(32)
         book.close()
+        self.general = [one.example for one in self._answers(questions, seed=1)]
+
+    @cached_property
+    def recalled(self) -> list[Recalled]:
+        """The model's own answers, which only `ours` replays."""
+        return self._answers(self._asked, self._seed)
+
+    def _answers(self, prompts: Sequence[list[int]], seed: int) -> list[Recalled]:
+        return recall(load_model(self._model), prompts, ends=self._ends, length=48, seed=seed)
 
 
 class OLoRA(Trainer):
@@ -142,7 +149,8 @@ class _Settling:
         """Take out what does not pay; around the last time, measure what that costs."""
         last = number + 1 == len(self._lessons.train)
         before = self.measure(number)[0] if last else []
-        probes = [self._lessons.train[number][:EARLIER], self._earlier, self._lessons.recalled_examples]
+        recalled = [one.example for one in self._lessons.recalled[:EARLIER]]
+        probes = [self._lessons.train[number][:EARLIER], self._earlier, recalled]
         rows = [_rows(trainer, probe, self._folder) for probe in probes if probe]
         done = prune(trainer.model, rows, allowed=ALLOWED, tokens=self._task.tokens)
         if last:
