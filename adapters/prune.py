@@ -18,6 +18,7 @@ from lichen.adapters.lora import LoRALinear, adapted
 from lichen.adapters.objectives import Rows, measure, supervised
 from lichen.models.decoder import Decoder
 
+PARTS = 64  # of all components: how fine the number to take out is sought, since each look takes seconds
 ZERO = 1e-6  # a singular value below this share of the layer's greatest is rounding
 
 
@@ -40,19 +41,17 @@ def prune(model: Decoder, probes: Sequence[Rows], *, allowed: float, tokens: int
     before = sum(_bytes(*layer.factors()) for layer in layers.values())
     whole = {name: components(*layer.factors()) for name, layer in layers.items()}
     _install(layers, whole)
-    losses = [measure(rows, range(len(rows.lengths)), tokens).loss for rows in probes]
+    losses = [_loss(rows, tokens) for rows in probes]
     order = _order(_importance(layers, whole, probes, tokens), whole)
 
-    def losses_with(count: int) -> list[float]:
-        _install(layers, _without(whole, order[:count]))
-        return [measure(rows, range(len(rows.lengths)), tokens).loss for rows in probes]
-
     def fits(count: int) -> bool:
-        now = losses_with(count)
-        return all(new <= old * (1 + allowed) for new, old in zip(now, losses, strict=True))
+        _install(layers, _without(whole, order[:count]))
+        limits = (loss * (1 + allowed) for loss in losses)
+        return all(_loss(rows, tokens) <= limit for rows, limit in zip(probes, limits, strict=True))
 
-    count = _most(len(order), fits)
-    after = losses_with(count)
+    count = _most(len(order), fits, max(1, len(order) // PARTS))
+    _install(layers, _without(whole, order[:count]))
+    after = [_loss(rows, tokens) for rows in probes]
     return Pruned(
         bytes_before=before,
         bytes_after=sum(_bytes(*layer.factors()) for layer in layers.values()),
@@ -60,6 +59,10 @@ def prune(model: Decoder, probes: Sequence[Rows], *, allowed: float, tokens: int
         losses_before=losses,
         losses_after=after,
     )
+
+
+def _loss(rows: Rows, tokens: int) -> float:
+    return measure(rows, range(len(rows.lengths)), tokens).loss
 
 
 def components(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,10 +129,11 @@ def _without(
     return found
 
 
-def _most(limit: int, fits: Callable[[int], bool]) -> int:
-    """The greatest of 0 to `limit` that fits, as far as halving finds it; 0 is taken to fit."""
+def _most(limit: int, fits: Callable[[int], bool], near: int = 1) -> int:
+    """The greatest of 0 to `limit` that fits, or one at most `near` less, as far as halving finds it; 0 is
+    taken to fit."""
     low, high = 0, limit + 1
-    while high - low > 1:
+    while high - low > near:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
