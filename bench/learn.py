@@ -51,7 +51,7 @@ def main() -> None:
     lesson.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False) or 1)
     lesson.add_argument("--model", default=DEFAULT_MODEL, help="a GGUF file, or a model of lichen's store")
     many = commands.add_parser("sequence")
-    for name, default in (("steps", 40), ("lessons", 400), ("measured", 64), ("seeds", 1)):
+    for name, default in (("steps", 24), ("lessons", 200), ("measured", 64), ("seeds", 3)):
         many.add_argument(f"--{name}", type=int, default=default)
     many.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False) or 1)
     many.add_argument("--arms", default=",".join(ARMS), help="which ways, of all by default")
