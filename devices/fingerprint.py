@@ -26,9 +26,9 @@ from lichen.errors import ConfigError
 
 VERSION = 3  # of a record; a change makes all that was measured unknown
 WIDTHS = (1, 2, 4, 8, 16)  # sequences that decode one token each
-CHUNKS = (32, 128, 512)  # tokens of a prompt
-DEPTH = 2048  # cells that a sequence holds already
-PROBE = 16  # tokens of one prompt behind so many cells, which share what they read
+CHUNKS = (32, 256)  # tokens of a prompt
+DEPTH = 1024  # cells that a sequence holds already
+PROBE = 128  # tokens of a prompt behind so many cells: few of them share little of what they read
 KV_TYPES = ("f16", "q8_0")
 BUFFERS = (16, 128, 512)  # tokens of a batch, for the size of buffers
 
@@ -47,7 +47,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     row       the same with logits for one only
     chunk     seconds of `tokens` tokens of one prompt that nothing comes before, with logits for the last
     depth     seconds of `tokens` tokens of one prompt behind no and behind `depth` cells, of the short length
-    alone     the same of the next token of one sequence, of the long length
+    alone     the same of the next token of one sequence, of the long length; for the first type of cache
     load      seconds until the model can be used
     resident  bytes that loading the model adds to this process
     buffers   bytes for computing batches of `tokens` tokens
@@ -69,7 +69,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
         """How many are enough: sizes do not vary, and long steps less than short ones."""
         if self.kind in ("resident", "buffers", "cells"):
             return 1
-        return min(rounds, 2) if self.tokens > _LONG else rounds
+        return min(rounds, 2) if self.kind == "load" or self.tokens >= _LONG else rounds
 
     @property
     def shared(self) -> bool:
@@ -179,11 +179,11 @@ def tasks(threads: int, *, kv_types: Sequence[str] = KV_TYPES, depth: int = DEPT
         found += [Task(kind="decode", threads=count, tokens=n) for n in WIDTHS]
         found += [Task(kind="row", threads=count, tokens=WIDTHS[-1])]
         found += [Task(kind="chunk", threads=count, tokens=n) for n in CHUNKS]
+    ends = (counts[0], counts[-1]) if len(counts) > 1 else counts
     for kind in kv_types:
         found.append(Task(kind="cells", kv=kind))
-        for count in (counts[0], counts[-1]) if len(counts) > 1 else counts:
-            found.append(Task(kind="depth", threads=count, tokens=PROBE, depth=depth, kv=kind))
-            found.append(Task(kind="alone", threads=count, depth=depth, kv=kind))
+        found += [Task(kind="depth", threads=n, tokens=PROBE, depth=depth, kv=kind) for n in ends]
+    found += [Task(kind="alone", threads=n, depth=depth, kv=kv_types[0]) for n in ends]
     return found
 
 
@@ -236,18 +236,31 @@ def _thread_curve(known: dict[Task, float], threads: int, read: float) -> Thread
 
 
 def _kv_cost(shape: Shape, known: dict[Task, float], kind: str) -> KVCost:
-    """Seconds of a cell by threads, for the tokens of a prompt and for one that is decoded."""
-    curves = {}
-    for wanted, layers in (("depth", shape.layers[0]), ("alone", shape.layers[-1])):
-        found = {task: added for task, added in known.items() if (task.kind, task.kv) == (wanted, kind)}
-        curves[wanted] = Curve(
-            tuple(
-                (float(task.threads), added / task.depth / task.tokens * shape.whole_layers / layers)
-                for task, added in sorted(found.items(), key=lambda pair: pair[0].threads)
-            )
-        )
+    """Seconds of a cell by threads, for the tokens of a prompt and for one that is decoded.
+
+    The second was measured for one type, and is taken for others to be as much more as the first.
+    """
+    read = _cells(known, "depth", kind, shape.whole_layers / shape.layers[0])
+    measured = next(task.kv for task in known if task.kind == "alone")
+    alone, like = (
+        _cells(known, "alone", measured, shape.whole_layers / shape.layers[-1]),
+        _cells(known, "depth", measured, shape.whole_layers / shape.layers[0]),
+    )
+    scaled = [
+        (threads, seconds * (read.at(threads) / like.at(threads) if like.at(threads) else 1.0))
+        for threads, seconds in alone.points
+    ]
     cell_bytes = round(known[Task(kind="cells", kv=kind)])
-    return KVCost(type=kind, cell_bytes=cell_bytes, read=curves["depth"], alone=curves["alone"])
+    return KVCost(type=kind, cell_bytes=cell_bytes, read=read, alone=Curve(tuple(scaled)))
+
+
+def _cells(known: dict[Task, float], wanted: Kind, kv: str, share: float) -> Curve:
+    """Seconds of a cell and token by threads; `share`: of all layers to those that were measured."""
+    found = [(task, added) for task, added in known.items() if (task.kind, task.kv) == (wanted, kv)]
+    found.sort(key=lambda pair: pair[0].threads)
+    return Curve(
+        tuple((float(task.threads), share * added / task.depth / task.tokens) for task, added in found)
+    )
 
 
 def _memory(record: Record, resident: float) -> tuple[int, int]:

@@ -29,7 +29,7 @@ PREFIX = "measuring-"  # of scratch folders
 SOURCE = "source"  # the layout of the file as it is
 SHORT, LONG = 2, 10  # layers of the two lengths
 LONG_BYTES = 400_000_000  # that the layers of the long one take at most, where four layers take less
-SAMPLE_S = 0.03  # that the steps of one sample take together, at least
+SAMPLE_S = 0.1  # that the steps of one sample take together, at least
 MOST_STEPS = 8  # of one sample
 PAUSE_S = 0.0005  # before a step: the engine draws and delivers there, and other threads go to sleep
 
