@@ -27,7 +27,8 @@ from lichen.errors import ConfigError
 VERSION = 3  # of a record; a change makes all that was measured unknown
 WIDTHS = (1, 2, 4, 8, 16)  # sequences that decode one token each
 CHUNKS = (32, 256)  # tokens of a prompt
-DEPTH = 1024  # cells that a sequence holds already
+FEW_WIDTHS, FEW_CHUNKS = (1, 4, 16), (256,)  # with fewer threads than all
+DEPTH = 1024  # cells that a prompt's sequence holds already, and half of it where one token is decoded
 PROBE = 128  # tokens of a prompt behind so many cells: few of them share little of what they read
 KV_TYPES = ("f16", "q8_0")
 BUFFERS = (16, 128, 512)  # tokens of a batch, for the size of buffers
@@ -66,10 +67,11 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.kind} threads={self.threads} tokens={self.tokens} depth={self.depth} kv={self.kv}"
 
     def samples(self, rounds: int) -> int:
-        """How many are enough: sizes do not vary, and long steps less than short ones."""
-        if self.kind in ("resident", "buffers", "cells"):
+        """How many are enough: sizes do not vary, how long loading takes matters little, and long steps vary
+        less than short ones."""
+        if self.kind in ("load", "resident", "buffers", "cells"):
             return 1
-        return min(rounds, 2) if self.kind == "load" or self.tokens >= _LONG else rounds
+        return min(rounds, 2) if self.tokens >= _LONG else rounds
 
     @property
     def shared(self) -> bool:
@@ -176,14 +178,15 @@ def tasks(threads: int, *, kv_types: Sequence[str] = KV_TYPES, depth: int = DEPT
     counts = thread_counts(threads)[::-1]
     found = [Task(kind="load"), Task(kind="resident"), *(Task(kind="buffers", tokens=n) for n in BUFFERS)]
     for count in counts:
-        found += [Task(kind="decode", threads=count, tokens=n) for n in WIDTHS]
-        found += [Task(kind="row", threads=count, tokens=WIDTHS[-1])]
-        found += [Task(kind="chunk", threads=count, tokens=n) for n in CHUNKS]
+        widths, chunks = (WIDTHS, CHUNKS) if count == counts[0] else (FEW_WIDTHS, FEW_CHUNKS)
+        found += [Task(kind="decode", threads=count, tokens=n) for n in widths]
+        found += [Task(kind="row", threads=count, tokens=widths[-1])]
+        found += [Task(kind="chunk", threads=count, tokens=n) for n in chunks]
     ends = (counts[0], counts[-1]) if len(counts) > 1 else counts
     for kind in kv_types:
         found.append(Task(kind="cells", kv=kind))
         found += [Task(kind="depth", threads=n, tokens=PROBE, depth=depth, kv=kind) for n in ends]
-    found += [Task(kind="alone", threads=n, depth=depth, kv=kv_types[0]) for n in ends]
+    found += [Task(kind="alone", threads=n, depth=depth // 2, kv=kv_types[0]) for n in ends]
     return found
 
 
@@ -222,17 +225,17 @@ def fingerprint(record: Record, wanted: Sequence[Task]) -> Fingerprint | None:
 
 def _thread_curve(known: dict[Task, float], threads: int, read: float) -> ThreadCurve:
     """Points of batches: decoding steps without their further rows, chunks without what they attend to."""
-    widest = WIDTHS[-1]
-    steps = {n: known[Task(kind="decode", threads=threads, tokens=n)] for n in WIDTHS}
-    lone = known[Task(kind="row", threads=threads, tokens=widest)]
-    row = max(0.0, steps[widest] - lone) / (widest - 1)
-    points = [(float(n), max(0.0, seconds - (n - 1) * row)) for n, seconds in steps.items()]
-    for n in CHUNKS:
-        attended = n * (n + 1) / 2  # token i of a chunk attends to itself and the i before it
-        points.append(
-            (float(n), max(0.0, known[Task(kind="chunk", threads=threads, tokens=n)] - attended * read))
-        )
-    return ThreadCurve(threads=threads, batch=Curve(tuple(points)), output_row=row)
+    own = {task: seconds for task, seconds in known.items() if task.threads == threads}
+    steps = {task.tokens: seconds for task, seconds in own.items() if task.kind == "decode"}
+    (lone,) = ((task.tokens, seconds) for task, seconds in own.items() if task.kind == "row")
+    row = max(0.0, steps[lone[0]] - lone[1]) / (lone[0] - 1)
+    points = {n: seconds - (n - 1) * row for n, seconds in steps.items()}
+    for task, seconds in own.items():
+        if task.kind == "chunk":
+            attended = task.tokens * (task.tokens + 1) / 2  # token i attends to itself and the i before it
+            points[task.tokens] = seconds - attended * read
+    batch = Curve(tuple((float(n), max(0.0, seconds)) for n, seconds in sorted(points.items())))
+    return ThreadCurve(threads=threads, batch=batch, output_row=row)
 
 
 def _kv_cost(shape: Shape, known: dict[Task, float], kind: str) -> KVCost:

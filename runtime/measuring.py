@@ -96,6 +96,7 @@ class NativeBench:
         if task.kind == "load":
             return tuple(cut.load_seconds() for cut in self._cuts)
         if task.kind == "resident":
+            self._cuts[0].resident_bytes()  # the first of a process does not count
             return tuple(cut.resident_bytes() for cut in self._cuts)
         if task.kind == "buffers":
             return tuple(cut.buffer_bytes(task.tokens) for cut in self._cuts)
@@ -242,17 +243,14 @@ class _Cut:
     def resident_bytes(self) -> float:
         """By how much loading the model makes this process larger; 1 where it does not.
 
-        The smaller of two: the first load may take what the process needs only once.
+        A process's first load takes what it needs only once.
         """
-        return float(max(1, min(self._growth(), self._growth())))
-
-    def _growth(self) -> int:
         heap.trim()
         before = memory.resident()
         model = native.Model(self._path)
         grown = memory.resident() - before
         model.close()
-        return grown
+        return float(max(1, grown))
 
     def buffer_bytes(self, tokens: int) -> float:
         """Bytes for the activations and logits of batches of so many tokens."""
