@@ -25,10 +25,9 @@ from bench.command import carry_out
 from bench.flags import server_flags
 from bench.intent_tables import AIMS, METRICS, conclude, intent_rows, verdict_rows
 from bench.measure import measure, warm_up
-from bench.peer import BenchError, Peer, Settings
+from bench.peer import SHOWN_PORT, BenchError, Peer, Settings
 from bench.planned import (
     HOME,
-    SHOWN_PORT,
     configuration,
     described,
     intent_peer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import os
@@ -20,6 +21,7 @@ from lichen.errors import LichenError
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENTS = ROOT / ".venv-peers"
+SHOWN_PORT = 65535  # of commands that are only shown: a word stands for it, and no other number is like it
 
 
 class BenchError(LichenError):
@@ -79,8 +81,8 @@ class Peer:
 
     def shown_command(self, settings: Settings) -> str:
         """The command line without this machine's paths, for the result."""
-        names = {str(settings.model): settings.model.name, str(settings.port): "PORT"}
-        arguments = [*self.arguments(settings), *self.flags()]
+        names = {str(settings.model): settings.model.name, str(SHOWN_PORT): "PORT"}
+        arguments = [*self.arguments(dataclasses.replace(settings, port=SHOWN_PORT)), *self.flags()]
         shown = [names.get(part, part).replace(f"{ROOT}{os.sep}", "") for part in arguments]
         return shlex.join(["python", *shown])
 

@@ -32,9 +32,6 @@ from lichen.runtime.layouts import SOURCE, divergence, find, worth_measuring
 from lichen.sync.download import hash_file
 
 HOME = ROOT / ".build" / "bench-home"
-SHOWN_PORT = (
-    65535  # of commands that are only shown: it is replaced by a word, and no other number is like it
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

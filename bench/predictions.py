@@ -22,8 +22,8 @@ from bench.command import carry_out
 from bench.flags import model_flags
 from bench.foretold import error_rows, errors, pick_rows, picks, plan_of, search_seconds
 from bench.measure import warm_up
-from bench.peer import BenchError, Settings
-from bench.planned import HOME, SHOWN_PORT, Prepared, described, plan_peer, plan_words, prepare
+from bench.peer import SHOWN_PORT, BenchError, Settings
+from bench.planned import HOME, Prepared, described, plan_peer, plan_words, prepare
 from bench.prompts import PromptBook, data_folder
 from bench.server import MemoryWatch, ProcessorWatch, Server, free_port, run_to_end, running
 from bench.table import aligned

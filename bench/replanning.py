@@ -33,10 +33,9 @@ from bench.command import carry_out
 from bench.flags import model_flags
 from bench.measure import warm_up
 from bench.numbers import median, percentile, rounded
-from bench.peer import ROOT, BenchError, Peer, Settings
+from bench.peer import ROOT, SHOWN_PORT, BenchError, Peer, Settings
 from bench.planned import (
     HOME,
-    SHOWN_PORT,
     Prepared,
     described,
     intent_peer,
