@@ -8,12 +8,17 @@ ways to share them occur:
     mixed     a longer one puts a chunk into each of several steps, beside the tokens of the streams
     together  all prompts first, then all answers side by side
 
+llama.cpp computes a batch in passes, each of which reads all weights: as many tokens of each sequence as all
+have, then what is left of each (`runtime/batch.py`). So a chunk beside streams takes two, and prompts of
+which several go in one batch take more than one, too.
+
 In the second, how many others are at their prompt is binomial, since each is so for the same part of its
 time. Not covered: prompts and answers of very different lengths at once, which count by their means.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -89,14 +94,17 @@ class Steps:
         """One step: the next token (and draft) of each stream, and so many tokens of prompts."""
         plan, load = self.plan, self.load
         drawn, held = streams * (1 + plan.draft), load.prompt + load.answer / 2
+        first = drawn + min(1.0, prompt) if streams else prompt  # tokens of the first pass
         step = self._fingerprint.seconds(
-            drawn + prompt,
+            first,
             threads=plan.threads,
             rows=drawn,
             attended=prompt * (load.shared + load.fresh / 2) + (drawn - streams) * held,
             alone=streams * held,
             kv_type=plan.kv_type,
         )
+        if drawn + prompt > first:
+            step += self._fingerprint.seconds(drawn + prompt - first, threads=plan.threads)
         return step + streams * self._gain * DELIVERY_S
 
     def prompt(self, chunk: int) -> float:
@@ -119,9 +127,8 @@ def _pace(load: Load, first: float, late: float, rest: float) -> Pace:
 
 def _together(steps: Steps, active: int) -> Pace:
     load, plan = steps.load, steps.plan
-    if load.fresh < plan.prompts_step:  # several go in one batch
-        batches = [math.ceil((n + 1) * load.fresh / plan.prompts_step) for n in range(active)]
-        firsts = tuple(steps.seconds(0, plan.prompts_step) * count for count in batches)
+    if load.fresh < plan.prompts_step:
+        firsts = _burst(steps, active)
     else:
         prefill = steps.prompt(min(plan.batch, load.fresh))
         firsts = tuple(prefill * (n + 1) for n in range(active))
@@ -135,6 +142,25 @@ def _together(steps: Steps, active: int) -> Pace:
         cycle=all_prompts + rest,
         firsts=firsts,
     )
+
+
+def _burst(steps: Steps, active: int) -> tuple[float, ...]:
+    """When each of some prompts is through, of which several go in one batch."""
+    left, now, firsts = [steps.load.fresh] * active, 0.0, []
+    while left:
+        room, lengths = steps.plan.prompts_step, []
+        for tokens in left:
+            lengths.append(min(room, tokens))
+            room -= lengths[-1]
+        ordered = sorted(length for length in lengths if length)
+        for n, (before, length) in enumerate(itertools.pairwise((0, *ordered))):
+            if length > before:
+                now += steps.seconds(0, (length - before) * (len(ordered) - n))
+        through = sum(length == tokens for length, tokens in zip(lengths, left, strict=True))
+        now += through * DELIVERY_S
+        firsts += [now] * through
+        left = [tokens - length for length, tokens in zip(lengths, left, strict=True) if tokens > length]
+    return tuple(firsts)
 
 
 def _apart(steps: Steps, active: int) -> Pace:

@@ -14,6 +14,7 @@ from unittest.mock import Mock
 from lichen.devices.curves import Fingerprint
 from lichen.devices.load import Load
 from lichen.devices.pace import DELIVERY_S, ROUND_TRIP_S, Plan
+from lichen.runtime.batch import micro_batches
 from lichen.runtime.generation import Mailbox
 from lichen.runtime.scheduler import Budget, Chunk, Scheduler
 from lichen.runtime.sequence import SamplingOptions, Sequence
@@ -135,13 +136,19 @@ class VirtualEngine:
 
     def _seconds(self, chunks: list[Chunk]) -> float:
         drawn = sum(chunk.completes for chunk in chunks)
-        return drawn * DELIVERY_S + self._fingerprint.seconds(
-            sum(chunk.count for chunk in chunks),
-            threads=self._plan.threads,
-            rows=drawn,
-            attended=sum(
-                chunk.count * (chunk.start + (chunk.count + 1) / 2) for chunk in chunks if chunk.count > 1
-            ),
-            alone=sum(chunk.start + 1 for chunk in chunks if chunk.count == 1),
-            kv_type=self._plan.kv_type,
+        first, *passes = micro_batches(range(len(chunks)), [chunk.count for chunk in chunks])
+        later = sum(self._fingerprint.seconds(width, threads=self._plan.threads) for width in passes)
+        return (
+            drawn * DELIVERY_S
+            + later
+            + self._fingerprint.seconds(
+                first,
+                threads=self._plan.threads,
+                rows=drawn,
+                attended=sum(
+                    chunk.count * (chunk.start + (chunk.count + 1) / 2) for chunk in chunks if chunk.count > 1
+                ),
+                alone=sum(chunk.start + 1 for chunk in chunks if chunk.count == 1),
+                kv_type=self._plan.kv_type,
+            )
         )
