@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from collections import deque
 from collections.abc import Awaitable, Callable
 
 import msgspec
@@ -36,6 +37,7 @@ from lichen.shelf import Layout, StoreShelf
 log = logging.getLogger("lichen.plan")
 
 WINDOW_S = 10.0
+REMEMBERED_S = 600.0  # for how long a plan is made for as many users as there were
 PRESSED = 0.85  # of what the plan takes: how much memory is aimed at when none is left
 _LIVE = ("threads", "chunk")  # what changes without loading anything
 
@@ -62,6 +64,7 @@ class Replanning:
         self._say = say
         self._window_s = window_s
         self._hysteresis = hysteresis or Hysteresis()
+        self._crowds: deque[tuple[float, int]] = deque()  # moments, and users that were there
         self._available = available or (lambda: memory.available(limit))
         self._status = PlanStatus(
             intent=", ".join(planned.wish.intents),
@@ -153,6 +156,8 @@ class Replanning:
         limit = held if self._available() else round(PRESSED * present.prediction.memory)
         objectives = stricter(self.planned.wish.objectives, slow, limit)
         intents = self.planned.wish.intents
+        load = self._expected(load, now)
+        present = self._present(load)
         try:
             better, objectives = self._better(load, objectives)
         except ConfigError as error:
@@ -164,6 +169,15 @@ class Replanning:
         if self._hysteresis.ready(better.plan, costs[0] if kept else math.inf, costs[1], now):
             why = _why(load, slow, limit if limit < held else None)
             await self._change(pool, better, why, now)
+
+    def _expected(self, load: Load, now: float) -> Load:
+        """The same for as many users as the wish names, or as there were lately: who has just left comes
+        back, and finds no slot where the plan was made for those who stayed."""
+        self._crowds.append((now, load.users))
+        while self._crowds[0][0] < now - REMEMBERED_S:
+            self._crowds.popleft()
+        users = max(self.planned.wish.load.users, *(count for _, count in self._crowds))
+        return msgspec.structs.replace(load, users=users)
 
     def _better(self, load: Load, objectives: Objectives) -> tuple[Candidate, Objectives]:
         """The best plan within the objectives; where no plan keeps their times, the best within the others.
