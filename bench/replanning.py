@@ -53,6 +53,7 @@ from bench.trace import Asked, Limits, Phase, at_moment, count, judge, play
 from lichen.devices.intent import Intent, Objectives
 from lichen.devices.load import Load
 from lichen.devices.plan import Space, choose
+from lichen.devices.probe import memory_left
 from lichen.devices.verdict import Candidate
 from lichen.planning import process_bytes
 from lichen.quant.gguf_check import check_gguf
@@ -61,6 +62,7 @@ BUSY = 0.7  # of what the best plan can do: how much the crowd asks for
 ROOM = 1.5  # times what the best plan is predicted to take: the limits
 SHARE = 0.9  # of what the crowd's plan holds: the memory under pressure
 WATCH_S = 0.25
+SETTLES_S = 120.0  # that the neighbour may take for the memory
 
 Turn = tuple[Peer, Path, int]  # a server, the file that it is given, and its threads
 
@@ -287,7 +289,8 @@ async def _watched(server: Server) -> AsyncIterator[list[tuple[float, int]]]:
 
 @asynccontextmanager
 async def _pressure(options: argparse.Namespace, phase: Phase) -> AsyncIterator[None]:
-    """The neighbour, where a phase has one."""
+    """The neighbour, where a phase has one, from when it has what it wants: taking the memory makes a core
+    busy for longer or shorter, whoever serves."""
     if not (phase.pressed and options.neighbour):
         yield
         return
@@ -300,6 +303,9 @@ async def _pressure(options: argparse.Namespace, phase: Phase) -> AsyncIterator[
         stdout=subprocess.DEVNULL,
     )
     try:
+        deadline = time.monotonic() + SETTLES_S
+        while memory_left() > 1.5 * options.leave and time.monotonic() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(WATCH_S)
         yield
     finally:
         process.kill()

@@ -107,6 +107,20 @@ async def test_a_crowd_that_no_plan_can_please_gets_the_best_there_is(
         "eight users cannot have a first token as early as one, but earlier than so"
     )
     assert len(said) == 1
+    quiet = QUIET.load()
+    assert quiet is not None and quiet.users == 1
+    assert replanning._expected(quiet, 300.0).users == 8, "who has just left may come back"
+    assert replanning._expected(quiet, 601.0).users == 1
+    await pool.close()
+
+
+async def test_a_plan_has_room_for_the_users_that_were_named(measured: Path, model_path: Path) -> None:
+    plan = planned(measured, model_path, intent="throughput", objectives="users=4, prompt=20, answer=64")
+    pool, replanning, said = await begun(plan, hysteresis=Hysteresis(times=1, rest_s=0))
+    before = replanning.plan.slots
+    assert before > 1
+    await replanning.consider(pool, QUIET, 0.0)
+    assert replanning.plan.slots >= before, said
     await pool.close()
 
 
