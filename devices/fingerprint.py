@@ -227,8 +227,8 @@ def _thread_curve(known: dict[Task, float], threads: int, read: float) -> Thread
     """Points of batches: decoding steps without their further rows, chunks without what they attend to."""
     own = {task: seconds for task, seconds in known.items() if task.threads == threads}
     steps = {task.tokens: seconds for task, seconds in own.items() if task.kind == "decode"}
-    (lone,) = ((task.tokens, seconds) for task, seconds in own.items() if task.kind == "row")
-    row = max(0.0, steps[lone[0]] - lone[1]) / (lone[0] - 1)
+    (lone,) = (task for task in own if task.kind == "row")
+    row = max(0.0, steps[lone.tokens] - own[lone]) / (lone.tokens - 1)
     points = {n: seconds - (n - 1) * row for n, seconds in steps.items()}
     for task, seconds in own.items():
         if task.kind == "chunk":
@@ -243,12 +243,10 @@ def _kv_cost(shape: Shape, known: dict[Task, float], kind: str) -> KVCost:
 
     The second was measured for one type, and is taken for others to be as much more as the first.
     """
-    read = _cells(known, "depth", kind, shape.whole_layers / shape.layers[0])
+    short, long = (shape.whole_layers / count for count in (shape.layers[0], shape.layers[-1]))
     measured = next(task.kv for task in known if task.kind == "alone")
-    alone, like = (
-        _cells(known, "alone", measured, shape.whole_layers / shape.layers[-1]),
-        _cells(known, "depth", measured, shape.whole_layers / shape.layers[0]),
-    )
+    read, like = (_cells(known, "depth", kv, short) for kv in (kind, measured))
+    alone = _cells(known, "alone", measured, long)
     scaled = [
         (threads, seconds * (read.at(threads) / like.at(threads) if like.at(threads) else 1.0))
         for threads, seconds in alone.points

@@ -92,19 +92,20 @@ def measured(bench: KnownBench, record: Record, **options: int) -> bool:
 # ---- curves ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.3])
+@pytest.mark.parametrize("noise", [0.0, 0.5])
 def test_known_costs_come_back(noise: float) -> None:
     record = Record(key=KEY, shape=SHAPE)
     assert measured(KnownBench(noise), record, rounds=9)
     found = fingerprint(record, WANTED)
     assert found is not None
-    near = 1e-6 + noise  # samples are up to so much too long
+    near = 1e-6 + noise * 0.5
+    slower = 1 + noise / 3  # in the mean
     for threads in (1, 2):
         for n in (*WIDTHS, *CHUNKS):
             whole = (TOKEN_S + LAYER_TOKEN_S * 30 * n) / threads
-            assert found.seconds(n, threads=threads) == pytest.approx(whole, rel=near)
+            assert found.seconds(n, threads=threads) == pytest.approx(slower * whole, rel=near)
         wide = cost(Task(kind="decode", threads=threads, tokens=16), 30)
-        assert found.seconds(16, threads=threads, rows=16) == pytest.approx(wide, rel=near)
+        assert found.seconds(16, threads=threads, rows=16) == pytest.approx(slower * wide, rel=near)
     if noise:
         return
     deep = cost(Task(kind="decode", tokens=8, depth=3000, kv="q8_0"), 30)
